@@ -1,0 +1,454 @@
+"""Every number of a run: typed, documented once, checked before anything starts.
+
+A run is configured by one yaml file and by `key=value` words after it on the command line:
+    torchrun train.py config.yaml out=runs/x optim.lr=1e-3
+A yaml section is one dataclass below. The defaults are those of the official ViT-L/16 short set-up
+(ssl_default_config.yaml), so a yaml only says what is different. The comment behind a field (unit,
+what it does, what to try) is also what `--help` prints: it is read from this very source.
+A file that is wrong raises UserError: one line, with the key, what is wrong and what to do.
+"""
+
+import contextlib
+import difflib
+import functools
+import inspect
+import math
+import re
+import sys
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from pathlib import Path
+
+import yaml
+
+
+class UserError(Exception):
+    """What the user gave cannot work. The message is one line that names the fix."""
+
+
+Pair = tuple[float, float]
+Triple = tuple[float, float, float]
+Floats = tuple[float, ...]
+
+
+@dataclass
+class Data:
+    root: str = ""  # folder of images (sub-folders are labels), or "synthetic": made in memory
+    val: str = ""  # folder of labelled images for k-NN; empty: root/val or root/test if there
+    workers: int = 8  # processes per rank that read and crop images; 0: the training process
+    mean: Floats = (0.485, 0.456, 0.406)  # subtracted per channel, of values 0..1 (ImageNet's)
+    std: Floats = (0.229, 0.224, 0.225)  # divided by, per channel; one number per channel
+    channels: int = 3  # of the images: 1 grey, 3 RGB, more for other sensors
+
+
+@dataclass
+class Crops:
+    global_size: int = 224  # px, the two large crops; a multiple of vit.patch
+    global_scale: Pair = (0.32, 1.0)  # share of the image's area a large crop covers
+    local_count: int = 8  # small crops per image; fewer is faster, 0: global crops only
+    local_size: int = 96  # px; a multiple of vit.patch (98 for patches of 14)
+    local_scale: Pair = (0.05, 0.32)  # share of the area; raise it if objects are small
+    ratio: Pair = (0.75, 1.3333)  # width / height before resizing to a square
+
+
+@dataclass
+class Augment:
+    flip: float = 0.5  # probability of a left-right flip; 0 where left and right differ in meaning
+    jitter: float = 0.8  # probability of the four colour changes below, in random order
+    brightness: float = 0.4  # factor from 1 - this to 1 + this
+    contrast: float = 0.4  # the same
+    saturation: float = 0.2  # the same
+    hue: float = 0.1  # shift, as a share of the colour circle, at most 0.5
+    grey: float = 0.2  # probability of losing all colour
+    blur: Triple = (0.0, 0.9, 0.5)  # probability in: first global, second global, local crops
+    # (the released code's names say 1.0, 0.1, 0.5; these are the ones that take effect)
+    blur_sigma: Pair = (0.1, 2.0)  # px, width of the blur
+    solarize: Triple = (0.0, 0.2, 0.0)  # probability of inverting the bright half, per kind of crop
+
+
+@dataclass
+class Mask:
+    probability: float = 0.5  # share of the global crops that hide patches from the student
+    ratio: Pair = (0.1, 0.5)  # share of patches hidden, spread evenly over the masked crops
+
+
+@dataclass
+class Vit:
+    size: str = "large"  # nano, micro, tiny (for teaching), small, base, large, giant2
+    patch: int = 16  # px; smaller sees finer and costs more (14 in the released models)
+    registers: int = 0  # extra tokens that take up global notes: 4 makes attention maps clean
+    ffn: str = ""  # mlp or swiglu; empty: the size's own
+    drop_path: float = 0.3  # share of images that skip a block; 0 if small, 0.4 for giant2
+    drop_path_uniform: bool = True  # the same share in every block; false: growing with depth
+    layerscale: float = 1e-5  # initial weight of each block's branch; 0: no LayerScale
+    interpolate_offset: float = 0.1  # patches, added when resizing positions; 0 for register models
+    interpolate_antialias: bool = False  # when resizing positions; true for register models
+    init_std: float = 0.02  # of linear weights; 0: 1 / sqrt(inputs), which narrow networks need
+
+
+@dataclass
+class Head:
+    prototypes: int = 65536  # outputs of the DINO head; about 1024 for small data sets
+    hidden: int = 2048  # width of the head's layers
+    bottleneck: int = 256  # width before the prototypes
+    layers: int = 3  # linear layers up to the bottleneck
+    separate: bool = False  # true: iBOT has its own head (giant2); false: shares the DINO head
+    ibot_prototypes: int = 0  # of a separate iBOT head; 0: as prototypes
+    ibot_bottleneck: int = 0  # of a separate iBOT head; 0: as bottleneck
+
+
+@dataclass
+class Loss:
+    dino: float = 1.0  # weight of the image-level loss; 0 leaves it out
+    ibot: float = 1.0  # weight of the masked-patch loss; 0 leaves it out
+    koleo: float = 0.1  # weight of spreading the features apart; 0 leaves it out
+    koleo_all_ranks: bool = False  # true: nearest neighbour over all processes, not only this one
+    centering: str = "softmax"  # of the teacher: softmax (running centre) or sinkhorn (balanced)
+    student_temp: float = 0.1  # temperature of the student's softmax
+    center_momentum: float = 0.9  # of the running centre (softmax only)
+
+
+@dataclass
+class Teacher:
+    momentum: float = 0.992  # per step: teacher = m * teacher + (1 - m) * student; short runs 0.97
+    momentum_end: float = 1.0  # reached by a cosine over the run
+    temp: float = 0.07  # temperature of the teacher's softmax, below student_temp
+    temp_start: float = 0.04  # at step 0; sharper at first
+    temp_warmup: int = 37500  # steps from temp_start to temp, in a line
+
+
+@dataclass
+class Optim:
+    lr: float = 0.004  # peak, for 1024 images a step; scaled by sqrt(batch / 1024), see start
+    min_lr: float = 1e-6  # at the end of the cosine; not scaled
+    warmup: int = 12500  # steps from 0 to the peak, about a tenth of the run
+    weight_decay: float = 0.04  # at the start; matrices only
+    weight_decay_end: float = 0.4  # at the end of its cosine; 0.2 for giant2
+    clip: float = 3.0  # largest gradient norm, backbone and heads apart; 0: no clipping
+    layer_decay: float = 0.9  # lr times this per block below the last; 1: off (giant2)
+    patch_embed_lr: float = 0.2  # factor on the lr of the patch embedding
+    freeze_last_layer: int = 1250  # steps at the start in which prototypes do not move
+    betas: Pair = (0.9, 0.999)  # AdamW's averages of gradient and squared gradient
+
+
+@dataclass
+class Log:
+    every: int = 10  # steps between lines of progress
+    knn_every: int = 12500  # steps between k-NN evaluations; 0: only at the end
+    save_every: int = 3750  # steps between checkpoints, of which the last two are kept
+    pictures: bool = True  # curves, crops and PCA colours in the run folder
+    tensorboard: bool = False  # also write TensorBoard files (pip install tensorboard)
+    wandb: str = ""  # project name: also send the log to Weights & Biases; empty: do not
+
+
+@dataclass
+class Config:
+    out: str = "runs/default"  # folder where everything of the run is written
+    seed: int = 0  # same seed, same images, crops, masks and weights
+    steps: int = 125000  # length of the run; every schedule is a function of the step
+    batch: int = 2048  # images per step, over all processes
+    precision: str = "bf16"  # fp32, bf16 or fp16 (older GPUs) of activations; weights are fp32
+    device: str = "auto"  # auto, cpu, cuda or mps
+    parallel: str = "none"  # none (one process), ddp (each has all weights), fsdp (weights split)
+    attention: str = "auto"  # auto, xformers, sdpa, varlen or plain; auto takes the fastest
+    activation_checkpointing: str = "none"  # none, selective or full: compute again, save memory
+    compile: bool = False  # torch.compile each block: slow start, faster steps
+    accumulate: int = 1  # parts in which a process works through its images, to save memory
+    init_from: str = ""  # file of backbone weights to start from; empty: from random
+    data: Data = field(default_factory=Data)
+    crops: Crops = field(default_factory=Crops)
+    augment: Augment = field(default_factory=Augment)
+    mask: Mask = field(default_factory=Mask)
+    vit: Vit = field(default_factory=Vit)
+    head: Head = field(default_factory=Head)
+    loss: Loss = field(default_factory=Loss)
+    teacher: Teacher = field(default_factory=Teacher)
+    optim: Optim = field(default_factory=Optim)
+    log: Log = field(default_factory=Log)
+
+
+# ---- reading ----------------------------------------------------------------------------------
+
+
+def load(path, overrides=()):
+    """The defaults, then the yaml file, then the overrides in order; checked."""
+    path = str(path)
+    if "=" in path and not Path(path).exists():
+        raise UserError(f"{path}: the config file comes first, as in config.yaml {path}")
+    try:
+        given = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such config file; config.yaml is the default one") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); give a yaml file") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f", line {mark.line + 1}" if mark else ""
+        reason = getattr(error, "problem", None) or "it is not plain text"
+        raise UserError(f"{path}{line}: not valid yaml ({reason}); compare config.yaml") from None
+    cfg = from_dict({} if given is None else given, path)
+    for word in overrides:
+        override(cfg, word)
+    check(cfg)
+    return cfg
+
+
+def from_dict(given, source="config"):
+    """A Config from nested dictionaries: yaml, or what to_dict() put in a checkpoint."""
+    if not isinstance(given, dict):
+        raise UserError(f"{source}: expected lines like `steps: 100`, got {shown(given)}")
+    cfg = Config()
+    for name, value in given.items():
+        if is_dataclass(type_of(name)) and value is None:
+            continue  # a section whose keys are all commented out
+        if is_dataclass(type_of(name)) and isinstance(value, dict):
+            for key, inner in value.items():
+                assign(cfg, f"{name}.{key}", inner, source)
+        else:
+            assign(cfg, str(name), value, source)
+    return cfg
+
+
+def override(cfg, word):
+    """Apply one `key=value` from the command line; the value is read as yaml."""
+    key, equals, text = word.partition("=")
+    if word.startswith("-"):
+        raise UserError(f"unknown option {word}: keys have no dashes, as in optim.lr=1e-3 (--help)")
+    if not equals or not key:
+        raise UserError(f"cannot read {word!r}: write key=value without spaces, as in steps=100")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        value = text
+    if type_of(key) is str and not isinstance(value, str):
+        value = text  # out=2024 and data.val= are text
+    assign(cfg, key, value, f"override {word}")
+
+
+def type_of(key):
+    """The type of a dotted key, or None where there is no such key."""
+    kind = Config
+    for name in str(key).split("."):
+        kind = {f.name: f.type for f in fields(kind)}.get(name) if is_dataclass(kind) else None
+    return kind
+
+
+def assign(cfg, key, value, source):
+    """Set one dotted key after comparing the value with the key's type."""
+    kind = type_of(key)
+    if kind is None:
+        raise UserError(f"{source}: unknown key {key}; {nearest(key)}")
+    if is_dataclass(kind):
+        first = f"{key}.{fields(kind)[0].name}"
+        raise UserError(f"{source}: {key} is a section, set one of its keys, such as {first}")
+    section, _, name = key.rpartition(".")
+    setattr(getattr(cfg, section) if section else cfg, name, convert(value, kind, key, source))
+
+
+def nearest(key):
+    """`did you mean ...`: by the whole key first, then by its last part (lr -> optim.lr)."""
+    known = [name for name, _ in documented() if name]
+    whole = {name: name for name in known}
+    last_part = {name.rpartition(".")[2]: name for name in reversed(known)}
+    for word in [key, key.rpartition(".")[2]]:
+        for names in [whole, last_part]:
+            for close in difflib.get_close_matches(word, names, n=1, cutoff=0.7):
+                return f"did you mean {names[close]}?"
+    return "--help lists them all"
+
+
+EXPECTED = {
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    str: "text",
+    Pair: "two numbers [a, b]",
+    Triple: "three numbers [a, b, c]",
+    Floats: "a list of numbers",
+}
+
+
+def convert(value, kind, key, source):
+    """The value as `kind`, or UserError. Whole numbers serve as numbers; true and false do not."""
+    if kind is float and isinstance(value, str):
+        with contextlib.suppress(ValueError):
+            value = float(value)  # PyYAML reads 1e-6, without a dot, as text
+    if kind is float and type(value) in (int, float) and math.isfinite(value):
+        return float(value)
+    if kind in (int, bool, str) and type(value) is kind:
+        return value
+    of_length = isinstance(value, (list, tuple)) and (
+        kind is Floats or len(value) == len(getattr(kind, "__args__", ()))
+    )
+    if of_length and kind in (Pair, Triple, Floats):
+        return tuple(convert(v, float, f"{key}[{i}]", source) for i, v in enumerate(value))
+    raise UserError(f"{source}: {key} must be {EXPECTED[kind]}, got {shown(value)}")
+
+
+def shown(value):
+    """A value as one would write it in the yaml file."""
+    value = list(value) if isinstance(value, tuple) else value
+    return yaml.safe_dump(value, default_flow_style=True, width=math.inf).split("\n")[0]
+
+
+# ---- checking ---------------------------------------------------------------------------------
+
+CHOICES = {
+    "precision": ("fp32", "bf16", "fp16"),
+    "device": ("auto", "cpu", "cuda", "mps"),
+    "parallel": ("none", "ddp", "fsdp"),
+    "attention": ("auto", "xformers", "sdpa", "varlen", "plain"),
+    "activation_checkpointing": ("none", "selective", "full"),
+    "loss.centering": ("softmax", "sinkhorn"),
+}
+
+# must be      if within      keys (a list of numbers is checked one by one)
+BOUNDS = [
+    ("at least 1", (1, math.inf), """steps batch accumulate data.channels crops.global_size
+        crops.local_size vit.patch head.prototypes head.hidden head.bottleneck head.layers
+        log.every log.save_every"""),
+    ("at least 0", (0, math.inf), """seed data.workers crops.local_count augment.brightness
+        augment.contrast augment.saturation vit.registers vit.layerscale vit.interpolate_offset
+        vit.init_std head.ibot_prototypes head.ibot_bottleneck loss.dino loss.ibot loss.koleo
+        teacher.temp_warmup optim.lr optim.min_lr optim.warmup optim.weight_decay
+        optim.weight_decay_end optim.clip optim.patch_embed_lr optim.freeze_last_layer
+        log.knn_every"""),
+    ("above 0", (1e-12, math.inf), """data.std crops.ratio augment.blur_sigma loss.student_temp
+        teacher.temp teacher.temp_start"""),
+    ("above 0 and at most 1", (1e-12, 1), "crops.global_scale crops.local_scale optim.layer_decay"),
+    ("from 0 to 1", (0, 1), """augment.flip augment.jitter augment.grey augment.blur
+        augment.solarize mask.probability mask.ratio loss.center_momentum teacher.momentum
+        teacher.momentum_end"""),
+    ("from 0 to 0.5", (0, 0.5), "augment.hue"),
+    ("at least 0 and below 1", (0, 1 - 1e-9), "vit.drop_path optim.betas"),
+]  # fmt: skip
+
+ORDERED = "crops.global_scale crops.local_scale crops.ratio augment.blur_sigma mask.ratio"
+
+
+def check(cfg):
+    """Refuse what cannot work, before anything starts."""
+    get = functools.partial(lookup, cfg)
+    for key, choices in CHOICES.items():
+        if get(key) not in choices:
+            raise UserError(f"{key}={get(key)} is unknown: use one of {', '.join(choices)}")
+    for rule, (least, most), keys in BOUNDS:
+        for key in keys.split():
+            values = get(key) if isinstance(get(key), tuple) else [get(key)]
+            if not all(least <= value <= most for value in values):
+                raise UserError(f"{key} must be {rule}, got {shown(get(key))}")
+    for key in ORDERED.split():
+        low, high = get(key)
+        if low > high:
+            raise UserError(f"{key} must run from small to large: write [{high}, {low}]")
+    for key in ["data.mean", "data.std"]:
+        if len(get(key)) != cfg.data.channels:
+            raise UserError(
+                f"{key}={shown(get(key))} must have one number per channel "
+                f"(data.channels={cfg.data.channels})"
+            )
+    for key in ["crops.global_size"] + ["crops.local_size"] * (cfg.crops.local_count > 0):
+        size, patch = get(key), cfg.vit.patch
+        if size % patch:
+            fix = max(round(size / patch), 1) * patch
+            raise UserError(f"{key}={size} is not a multiple of vit.patch={patch}: use {fix}")
+    if cfg.batch % cfg.accumulate:
+        fix = max(cfg.batch // cfg.accumulate, 1) * cfg.accumulate
+        raise UserError(
+            f"batch={cfg.batch} does not divide into accumulate={cfg.accumulate} parts: "
+            f"use batch={fix}"
+        )
+    if cfg.loss.dino == cfg.loss.ibot == cfg.loss.koleo == 0:
+        raise UserError("loss.dino, loss.ibot and loss.koleo are all 0: set one above 0")
+    if cfg.device == "cpu" and cfg.precision == "fp16":
+        raise UserError("precision=fp16 needs a GPU: use precision=bf16 or fp32 with device=cpu")
+    if not cfg.head.separate and (cfg.head.ibot_prototypes or cfg.head.ibot_bottleneck):
+        raise UserError("head.ibot_prototypes and head.ibot_bottleneck need head.separate=true")
+
+
+def lookup(cfg, key):
+    return functools.reduce(getattr, key.split("."), cfg)
+
+
+# ---- writing and explaining -------------------------------------------------------------------
+
+
+def to_dict(cfg):
+    """Plain dictionaries and lists: safe in yaml, in json and in a weights_only checkpoint."""
+
+    def plain(value):
+        if isinstance(value, dict):
+            return {key: plain(inner) for key, inner in value.items()}
+        return list(value) if isinstance(value, tuple) else value
+
+    return plain(asdict(cfg))
+
+
+def dump(cfg, path):
+    """Write the resolved config, every key included, so that a run folder explains itself."""
+    text = yaml.safe_dump(to_dict(cfg), sort_keys=False, default_flow_style=None)
+    try:
+        Path(path).write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror}); set out=...") from None
+
+
+@functools.cache
+def documented():
+    """(key, comment) of every key in order, read from the source above, so it cannot go stale."""
+    rows = []
+    for section in [Config] + [f.type for f in fields(Config) if is_dataclass(f.type)]:
+        prefix = "" if section is Config else f"{section.__name__.lower()}."
+        for line in inspect.getsource(section).splitlines():
+            if row := re.match(r"    (\w+): .+?  # (.+)", line):
+                rows.append((prefix + row[1], row[2]))
+            elif more := re.match(r"    # (.+)", line):  # goes on from the line before
+                rows.append(("", more[1]))
+    return rows
+
+
+USAGE = """
+usage: torchrun train.py CONFIG.yaml [key=value ...]      (or python train.py ...)
+
+Trains DINOv2 as the yaml file says. Words after it override single keys:
+  torchrun train.py config.yaml                                  embedded images, no GPU, no data
+  torchrun train.py config.yaml out=runs/x optim.lr=1e-3         another folder, another lr
+  torchrun train.py config.yaml data.root=/photos                a folder of your own images
+  torchrun train.py config.yaml crops.local_count=4 'augment.blur=[0, 0.5, 0.5]'
+  torchrun --nproc-per-node 8 train.py config.yaml parallel=ddp  eight GPUs
+The same command again continues an interrupted run. Everything is written below `out`.
+A key that the yaml does not mention has the default below.
+"""
+
+
+def help_text(usage=USAGE):
+    """What --help prints: usage, examples, and every key with its default and comment."""
+    lines, section = [usage.strip("\n")], None
+    for key, comment in documented():
+        if key and key.rpartition(".")[0] != section:
+            section = key.rpartition(".")[0]
+            lines += ["", f"{section}:" if section else f"{'key':<28}{'default':<23}meaning"]
+        default = shown(lookup(Config(), key)) if key else ""
+        lines.append(f"  {key:<26}{default:<23}{comment}")
+    return "\n".join(lines)
+
+
+def main_arguments(argv, usage=USAGE):
+    """(path, overrides) from the command line; prints the help for -h, --help and no words."""
+    if not argv or "-h" in argv or "--help" in argv:
+        print(help_text(usage))
+        sys.exit(0 if argv else 2)
+    return argv[0], argv[1:]
+
+
+def report_errors(main):
+    """Decorator of an entry point: a UserError becomes one line on stderr and exit code 2."""
+
+    @functools.wraps(main)
+    def run(*args, **kwargs):
+        try:
+            return main(*args, **kwargs)
+        except UserError as error:
+            print("error: " + " ".join(str(error).split()), file=sys.stderr)
+            sys.exit(2)
+
+    return run

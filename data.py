@@ -1,0 +1,277 @@
+"""From images to a `Batch`: an endless seeded order, crops, masks, and who gets which rows.
+
+The one idea: everything is a function of the position in an endless stream of images.
+    image    at position p   permutation(seed, epoch = p // n)[p % n]
+    crops    of position p   drawn with random.Random("<seed> crops <p>")
+    masks    of step s       drawn with random.Random("<seed> masks <s>")
+    step s   of rank r       positions s * G + r * B up to s * G + (r + 1) * B,  B = G / ranks
+So the number of ranks and workers changes nothing, each epoch has each image once, and to resume it
+is enough to know the step. Where the images come from is sources.py.
+
+Crops are uint8 here; their colours are changed on the training device (augment.py).
+
+Shapes:  n images of the source   G images of a step   B of them on this rank   T = 2 global crops
+         L local crops   C channels   P parameters of a crop's colours   N patches of a global crop
+         M masked patches.  Crop-major: row = crop * B + image.
+"""
+
+import os
+import random
+from functools import partial
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+import augment
+from config import UserError
+from sources import open_source, split_folder
+
+GIVE_UP = 100  # damaged images in a row: not an accident, the whole source is out of reach
+
+
+# ---- order --------------------------------------------------------------------------------------
+
+
+class Order:
+    """The endless shuffle: the image at any position, in any order of asking."""
+
+    def __init__(self, n, seed):
+        self.n, self.seed, self.epoch = n, seed, None
+
+    def __getitem__(self, position):
+        epoch, place = divmod(position, self.n)
+        if epoch != self.epoch:  # positions ascend, so one permutation is kept: 4 bytes an image
+            self.permutation = np.arange(self.n, dtype=np.uint32)
+            np.random.default_rng([self.seed, epoch]).shuffle(self.permutation)
+            self.epoch = epoch
+        return int(self.permutation[place])
+
+
+def read_or_next(source, index):
+    """(image, its index, names and reasons of damaged images on the way).
+
+    A damaged image is replaced by the next one of the source that can be read: which one it is
+    depends on nothing else, so all runs over the same files see the same images.
+    """
+    skipped = []
+    for i in range(min(len(source), GIVE_UP)):
+        at = (index + i) % len(source)
+        try:
+            return source.read(at), at, skipped
+        # A decoder fed with damaged bytes raises anything, from OSError to struct.error.
+        except Exception as error:
+            skipped.append(f"{source.name(at)}: {type(error).__name__}: {error}")
+    raise UserError(
+        f"{len(skipped)} images in a row cannot be read; check the disk. The first: {skipped[0]}"
+    )
+
+
+# ---- training -----------------------------------------------------------------------------------
+
+
+class Sample(NamedTuple):
+    """One image as it leaves the Dataset."""
+
+    position: int
+    global_crops: Tensor  # (T, C, S, S) uint8
+    local_crops: Tensor  # (L, C, s, s) uint8
+    colour: Tensor  # (T + L, P)
+    skipped: list  # damaged images that it stands for, "name: reason"
+
+
+class Batch(NamedTuple):
+    """What one rank works on in one step."""
+
+    global_crops: Tensor  # (T * B, C, S, S) uint8
+    local_crops: Tensor  # (L * B, C, s, s) uint8
+    global_colour: Tensor  # (T * B, P) what augment.colour will do to each crop
+    local_colour: Tensor  # (L * B, P)
+    masks: Tensor  # (T * B, N) bool, True = hidden from the student
+    mask_indices: Tensor  # (M,) where masks is True in the flattened (T * B * N)
+    mask_weights: Tensor  # (M,) 1 / masked patches of its crop: one crop, one vote
+    skipped: list  # damaged images of these positions, "name: reason"
+
+
+class Dataset:
+    """Position in the endless stream -> Sample."""
+
+    def __init__(self, source, cfg):
+        self.source, self.cfg = source, cfg
+        self.order = Order(len(source), cfg.seed)
+
+    def __getitem__(self, position):
+        image, _, skipped = read_or_next(self.source, self.order[position])
+        rng = random.Random(f"{self.cfg.seed} crops {position}")
+        crops, colour = augment.crops(image, rng, self.cfg)
+        large, size = torch.stack(crops[:2]), self.cfg.crops.local_size
+        small = (
+            torch.stack(crops[2:]) if crops[2:] else large.new_empty(0, large.shape[1], size, size)
+        )
+        return Sample(position, large, small, colour, skipped)
+
+
+def collate(samples, cfg, rank=0, world=1):
+    """The samples of one rank and step -> Batch."""
+    positions, global_crops, local_crops, colour, skipped = zip(*samples, strict=True)
+    colour_SBP = torch.stack(colour, dim=1)
+    # The masks of the whole step are drawn, of which each rank keeps its rows: the mask ratios are
+    # spread evenly over all crops of the step, as if one process did it all.
+    rng = random.Random(f"{cfg.seed} masks {positions[0] // cfg.batch}")
+    grid = cfg.crops.global_size // cfg.vit.patch
+    masks = augment.batch_masks(
+        2 * cfg.batch, grid, grid, cfg.mask.probability, cfg.mask.ratio, rng
+    )
+    masks_TRBN = torch.from_numpy(masks).unflatten(0, (2, world, len(samples)))
+    return Batch(
+        torch.stack(global_crops, dim=1).flatten(0, 1),
+        torch.stack(local_crops, dim=1).flatten(0, 1),
+        colour_SBP[:2].flatten(0, 1),
+        colour_SBP[2:].flatten(0, 1),
+        *index_masks(masks_TRBN[:, rank].flatten(0, 1)),
+        skipped=[name for names in skipped for name in names],
+    )
+
+
+def index_masks(masks):
+    """(masks, mask_indices, mask_weights). On the CPU: on a GPU, nonzero() waits for all work."""
+    per_crop = 1 / masks.sum(1).clamp(min=1)
+    return masks, masks.flatten().nonzero().flatten(), per_crop.unsqueeze(1).expand_as(masks)[masks]
+
+
+def split(batch, parts):
+    """The micro-batches of a Batch: each has its share of the images with all their crops."""
+    B = len(batch.global_crops) // 2
+    rows = [x.unflatten(0, (-1 if len(x) else 0, B)).chunk(parts, dim=1) for x in batch[:5]]
+    return [
+        Batch(*(x.flatten(0, 1) for x in part[:4]), *index_masks(part[4].flatten(0, 1)), skipped=[])
+        for part in zip(*rows, strict=True)
+    ]
+
+
+def positions(cfg, start_step, rank, world):
+    """The positions of this rank, step by step to the end of the run."""
+    B = cfg.batch // world
+    for step in range(start_step, cfg.steps):
+        yield range(step * cfg.batch + rank * B, step * cfg.batch + (rank + 1) * B)
+
+
+def start_worker(_):
+    # Ctrl-C and `timeout` signal a whole process group. The training process saves and then ends
+    # its workers; in a group of their own, they do not die before it under its hands.
+    if hasattr(os, "setpgrp"):
+        os.setpgrp()
+
+
+def loader(cfg, source, start_step=0, rank=0, world=1):
+    """Iterator over the Batches of steps start_step, start_step + 1, ... up to cfg.steps."""
+    if cfg.batch % world:
+        fix = max(cfg.batch // world, 1) * world
+        raise UserError(
+            f"batch={cfg.batch} does not divide into {world} processes: try batch={fix}"
+        )
+    if len(source) < cfg.batch:
+        raise UserError(
+            f"{len(source)} images are fewer than batch={cfg.batch}: use batch={len(source)} or less"
+        )
+    image, _, _ = read_or_next(source, 0)  # an unreadable source is best noticed now
+    if image.shape[2] != cfg.data.channels:
+        raise UserError(
+            f"{source.name(0)} has {image.shape[2]} channels, data.channels={cfg.data.channels}: "
+            f"set data.channels={image.shape[2]} with as many data.mean and data.std"
+        )
+    batches = DataLoader(
+        Dataset(source, cfg),
+        batch_sampler=positions(cfg, start_step, rank, world),
+        collate_fn=partial(collate, cfg=cfg, rank=rank, world=world),
+        **worker_options(cfg),
+    )
+    return one_line_errors(batches)
+
+
+def worker_options(cfg):
+    return {
+        "num_workers": cfg.data.workers,
+        "pin_memory": torch.cuda.is_available() and cfg.device != "cpu",
+        "worker_init_fn": start_worker,
+        # Without a generator of its own, the DataLoader would draw from the global one, and a
+        # resumed run would no longer be equal bit for bit.
+        "generator": torch.Generator(),
+    }
+
+
+def one_line_errors(batches):
+    """An error in a worker arrives with the worker's traceback as its text: keep the last line."""
+    message = ""
+    try:
+        yield from batches
+    except UserError as error:
+        message = str(error).strip().splitlines()[-1].removeprefix("config.UserError: ")
+        error.__traceback__ = None  # it would keep the DataLoader, and so the workers, alive
+    if message:
+        raise UserError(message)
+
+
+# ---- evaluation ---------------------------------------------------------------------------------
+
+
+def evaluation_images(cfg):
+    """(training source, held-out source), both with labels, or None if there is no such pair."""
+    root, val = cfg.data.root, cfg.data.val
+    if root == "synthetic":
+        return open_source(root, cfg, "train"), open_source(root, cfg, "test")
+    if not val and split_folder(root, "train") == split_folder(root, "test"):
+        return None
+    train = open_source(root, cfg, "train")
+    if not train.classes:
+        return None
+    return train, open_source(val or root, cfg, "test", train.classes)
+
+
+def centre_crop(image, size):
+    """uint8 (H, W, C) -> (C, size, size): shorter side to 256/224 of size, then the centre.
+
+    The official evaluation transform. An image whose shorter side is `size` already is not resized:
+    enlarging small pictures such as CIFAR's only to cut off their borders loses information.
+    """
+    height, width = image.shape[:2]
+    short = min(height, width)
+    target = size if short == size else round(size * 256 / 224)
+    if short != target:
+        height, width = int(target * height / short), int(target * width / short)
+        image = resize(image, height, width)
+    top, left = round((height - size) / 2), round((width - size) / 2)
+    return torch.tensor(image[top : top + size, left : left + size]).permute(2, 0, 1)
+
+
+def resize(image, height, width):
+    """Pillow's antialiased bicubic, one channel at a time: there can be any number of them."""
+    planes = [Image.fromarray(image[:, :, c]) for c in range(image.shape[2])]
+    return np.stack([p.resize((width, height), Image.Resampling.BICUBIC) for p in planes], axis=2)
+
+
+class Evaluation:
+    """Index -> (uint8 crop (C, size, size), label); a damaged image is replaced as in training."""
+
+    def __init__(self, source, size):
+        self.source, self.size = source, size
+
+    def __len__(self):
+        return len(self.source)
+
+    def __getitem__(self, index):
+        image, at, _ = read_or_next(self.source, index)
+        return centre_crop(image, self.size), self.source.label(at)
+
+
+def evaluation_batches(source, cfg, batch=256, device="cpu"):
+    """Iterator of (normalised images (B, C, size, size) on `device`, labels (B,) on the CPU)."""
+    mean = torch.tensor(cfg.data.mean, device=device)[:, None, None]
+    std = torch.tensor(cfg.data.std, device=device)[:, None, None]
+    data = Evaluation(source, cfg.crops.global_size)
+    batches = DataLoader(data, batch_size=batch, **worker_options(cfg))
+    for image_BCSS, label_B in one_line_errors(batches):
+        yield (image_BCSS.to(device, non_blocking=True) / 255 - mean) / std, label_B

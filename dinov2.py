@@ -1,0 +1,197 @@
+"""DINOv2 on one page: a student learns to say about small and masked crops what its own moving
+average, the teacher, says about whole ones.
+
+    large crops, whole --------------------------> teacher -> scores -> Sinkhorn -> targets
+    large crops with hidden patches, small crops -> student -> scores -> cross-entropy with these
+    student <- gradient step;   teacher <- momentum * teacher + (1 - momentum) * student
+
+(Oquab et al. 2023, section 4.) `objective` is the middle of this repository.
+
+Shapes:  B images   T large crops of each (2)   S all crops of each, the large ones first
+         D channels   K prototypes   M hidden patches of the batch
+Crops are crop-major: row = crop * B + image.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from heads import DINOHead
+from losses import SoftmaxCentering, dino_loss, ibot_loss, koleo_loss, sinkhorn_knopp
+from vit import build_backbone
+
+LARGE_CROPS = 2  # T; the pairing of views and the masks are made for two
+
+
+class Output(NamedTuple):
+    """What a Network says about a batch."""
+
+    cls: Tensor  # (T * B, D) normalised [CLS] of the large crops, before the head
+    cls_score: Tensor  # (S * B, K)
+    patch_score: Tensor | None  # (M, K), hidden patches only
+
+
+class Network(nn.Module):
+    """Backbone and heads in one module; student and teacher are two of them.
+
+    Without a separate iBOT head, patch tokens go through the DINO head ("tied").
+    """
+
+    def __init__(self, backbone, dino_head, ibot_head=None):
+        super().__init__()
+        self.backbone = backbone
+        self.dino_head = dino_head
+        if ibot_head is not None:
+            self.ibot_head = ibot_head
+
+    def initial_values(self, generator=None):
+        """Yield (name, value) for every parameter of backbone and heads, one at a time."""
+        for part, module in self.named_children():
+            for name, value in module.initial_values(generator):
+                yield f"{part}.{name}", value
+
+    def forward(self, crops, masks=None, mask_indices=None, rng=None, kept=None):
+        """List of crops (large first) -> Output.
+
+        masks         (T * B, N) bool: patches hidden from the backbone; None hides nothing
+        mask_indices  (M,) rows of the flattened (T * B * N) whose scores are wanted; None: none
+        rng, kept     stochastic depth, see VisionTransformer.forward_features
+        """
+        masks = [masks] + [None] * (len(crops) - 1)
+        features = self.backbone(crops, masks, is_training=True, rng=rng, kept=kept)
+        cls = torch.cat([f["x_norm_clstoken"] for f in features])
+        large = features[0]["x_norm_clstoken"]
+        if mask_indices is None:
+            return Output(large, self.dino_head(cls), None)
+        patches = features[0]["x_norm_patchtokens"].flatten(0, 1)[mask_indices]
+        if hasattr(self, "ibot_head"):
+            return Output(large, self.dino_head(cls), self.ibot_head(patches))
+        scores = self.dino_head(torch.cat((cls, patches)))
+        return Output(large, *scores.split((len(cls), len(patches))))
+
+
+def ibot_prototypes(cfg):
+    """K of the iBOT loss: of its own head if there is one, else of the shared head."""
+    return cfg.head.ibot_prototypes if cfg.head.ibot_prototypes else cfg.head.prototypes
+
+
+def build_network(cfg, student):
+    """A student or teacher for a config; only the student has stochastic depth."""
+    h = cfg.head
+    backbone = build_backbone(cfg, cfg.vit.drop_path if student else 0.0)
+    dino_head = DINOHead(backbone.dim, h.prototypes, h.hidden, h.bottleneck, h.layers)
+    ibot_head = None
+    if h.separate and cfg.loss.ibot:
+        bottleneck = h.ibot_bottleneck or h.bottleneck
+        ibot_head = DINOHead(backbone.dim, ibot_prototypes(cfg), h.hidden, bottleneck, h.layers)
+    return Network(backbone, dino_head, ibot_head)
+
+
+def build_centers(cfg):
+    """The running centres of softmax centering, one for each loss; none for Sinkhorn-Knopp."""
+    centers, momentum = nn.ModuleDict(), cfg.loss.center_momentum
+    if cfg.loss.centering == "softmax":
+        centers["dino"] = SoftmaxCentering(cfg.head.prototypes, momentum)
+        centers["ibot"] = SoftmaxCentering(ibot_prototypes(cfg), momentum)
+    return centers
+
+
+def targets(score_NK, temp, centers, loss):
+    """Teacher scores -> target probabilities (N, K), by the centre of that loss or by Sinkhorn."""
+    # Ablation: return (score_NK / temp).softmax(dim=1), and watch the teacher collapse.
+    if loss in centers:
+        return centers[loss](score_NK, temp)
+    return sinkhorn_knopp(score_NK, temp)
+
+
+def objective(student, teacher, centers, batch, temp, weights, rng=None, kept=None, health=False):
+    """One batch -> (loss, log): the loss to differentiate, and its terms as tensors by name.
+
+    temp     of the teacher
+    weights  cfg.loss: dino, ibot, koleo (0 leaves a term out), koleo_all_ranks, student_temp
+    health   also log the signs of collapse; costs a little, so not in every step
+    The log shows each term as it enters the loss. (The official log halves koleo and ibot.)
+    """
+    T = LARGE_CROPS
+    indices = batch.mask_indices if weights.ibot else None
+    with torch.no_grad():  # the teacher sees the large crops, whole
+        told = teacher([batch.global_crops], mask_indices=indices)
+        dino_target_NK = targets(told.cls_score, temp, centers, "dino")
+        ibot_target_MK = targets(told.patch_score, temp, centers, "ibot") if weights.ibot else None
+
+    # Ablation: pass masks=None, and iBOT becomes plain distillation of visible patches.
+    crops = [c for c in (batch.global_crops, batch.local_crops) if len(c)]
+    said = student(crops, batch.masks, indices, rng=rng, kept=kept)
+
+    # [CLS] of the masked crops enters DINO and KoLeo too: there is no second, unmasked pass.
+    B = len(batch.global_crops) // T
+    small, large = dino_loss(
+        said.cls_score.unflatten(0, (-1, B)),
+        dino_target_NK.unflatten(0, (T, B)),
+        weights.student_temp,
+    )
+    log = {"dino_global": weights.dino * large, "dino_local": weights.dino * small}
+    if weights.ibot:
+        ibot = ibot_loss(
+            said.patch_score, ibot_target_MK, batch.mask_weights, T * B, weights.student_temp
+        )
+        log["ibot"] = weights.ibot * ibot
+    if weights.koleo:
+        # Apart for each view: two crops of one image may well be neighbours.
+        views = said.cls.chunk(T)
+        log["koleo"] = weights.koleo * sum(koleo_loss(v, weights.koleo_all_ranks) for v in views)
+    loss = sum(log.values())
+    log = {"loss": loss, **log}
+    if health:
+        log |= health_signs(told, dino_target_NK, temp)
+    return loss, {name: value.detach() for name, value in log.items()}
+
+
+@torch.no_grad()
+def health_signs(told, target_NK, temp):
+    """Numbers that show a collapse before the loss does, from the teacher's view of a batch.
+
+    teacher_entropy   mean entropy of a target in nats: ln K says nothing, 0 says one prototype
+    prototypes_used   exp(entropy of the mean prediction before centering) / min(K, rows): the share
+                      of the prototypes that a batch could use which it does use; 0 is collapse
+    koleo_distance    mean distance to the nearest other image on the unit sphere; 0 is collapse
+    rankme            effective rank of the [CLS] features, exp(entropy of their singular values):
+                      1 is collapse (Garrido et al. 2023)
+    """
+    N, K = target_NK.shape
+    mean_K = (told.cls_score.float() / temp).softmax(dim=1).mean(dim=0)
+    view_BD = nn.functional.normalize(told.cls.float().chunk(LARGE_CROPS)[0], dim=1)
+    singular = torch.linalg.svdvals(told.cls.float())
+    distance_BB = torch.cdist(view_BD, view_BD).fill_diagonal_(torch.inf)
+    return {
+        "teacher_entropy": torch.special.entr(target_NK).sum(dim=1).mean(),
+        "prototypes_used": torch.special.entr(mean_K).sum().exp() / min(K, N),
+        "koleo_distance": distance_BB.amin(dim=1).mean(),
+        "rankme": torch.special.entr(singular / singular.sum()).sum().exp(),
+    }
+
+
+def start_values(cfg):
+    """The loss terms of a network that has learnt nothing: uniform predictions over K prototypes.
+
+    mean of cross-entropies = ln K, in parts by the number of crop pairs; iBOT = ln(K) / 2 because
+    half of the large crops have no masks. Real runs start a few percent above.
+    """
+    w, K, K_ibot = cfg.loss, cfg.head.prototypes, ibot_prototypes(cfg)
+    T, L = LARGE_CROPS, cfg.crops.local_count
+    pairs = T * (T - 1) + T * L
+    values = {
+        "dino_global": w.dino * T * (T - 1) / pairs * math.log(K),
+        "dino_local": w.dino * T * L / pairs * math.log(K),
+        "ibot": w.ibot * cfg.mask.probability * math.log(K_ibot),
+    }
+    return {name: value for name, value in values.items() if value}
+
+
+@torch.no_grad()
+def ema_update(teacher, student, momentum):
+    """teacher <- momentum * teacher + (1 - momentum) * student, heads included (buffers: none)."""
+    # Ablation: momentum 0 copies the student; the two then chase each other and collapse.
+    torch._foreach_lerp_(list(teacher.parameters()), list(student.parameters()), 1 - momentum)

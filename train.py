@@ -1,0 +1,200 @@
+"""Train DINOv2: the events of a run, in order.
+
+    torchrun train.py config.yaml                                 one process: CPU, CUDA or MPS
+    torchrun train.py config.yaml out=runs/x optim.lr=1.0e-3      any key can be overridden
+    torchrun train.py config.yaml data.root=/photos               a folder of your own images
+    torchrun --nproc_per_node=8 train.py config.yaml parallel=fsdp
+
+The same command again continues an interrupted run, to the same end as if nothing had happened.
+The method is in dinov2.py, its numbers are in config.yaml; `python train.py --help` explains each.
+
+    RUN/log.jsonl      one object a line: step, images, loss, its terms, health signs, knn, ...
+    RUN/summary.json   at the end: knn, knn_random, knn_pixels, images, seconds
+    RUN/teacher.pt     the trained teacher, for eval_knn.py, visualize.py and vit.load_backbone
+    RUN/*.png          loss and k-NN over time, crops and masks, PCA colours before and after
+"""
+
+import random
+import signal
+import sys
+
+import torch
+
+import checkpoint
+import config
+import data
+from augment import colour
+from dinov2 import build_centers, build_network, ema_update, objective
+from optim import clip_each_part, param_groups, schedules, set_schedule
+from parallel import (
+    DTYPES,
+    materialize,
+    max_over_ranks,
+    process_group,
+    replicate,
+    synchronized,
+    wrap,
+)
+from report import Reporter, evaluate, final_report
+
+
+def build(cfg, device):
+    """Student, teacher (equal at first), centres of softmax centering, and the optimiser."""
+    with torch.device("meta"):  # shapes only: sharding comes before memory is taken
+        student, teacher = build_network(cfg, student=True), build_network(cfg, student=False)
+    for network in (student, teacher):
+        wrap(network, cfg, train=network is student)
+        materialize(network, device, cfg.seed)
+    teacher.requires_grad_(False).eval()
+    groups = param_groups(student, cfg.optim.layer_decay, cfg.optim.patch_embed_lr)
+    optimizer = torch.optim.AdamW(groups, lr=0.0, betas=cfg.optim.betas, fused=True)
+    return student, teacher, build_centers(cfg).to(device), optimizer
+
+
+def to_device(batch, cfg, device):
+    """Move a batch, and do the colour work of its crops where the training is."""
+    batch = batch._replace(
+        **{
+            name: getattr(batch, name).to(device, non_blocking=True)
+            for name in batch._fields
+            if name != "skipped"
+        }
+    )
+    dtype, mean, std = DTYPES[cfg.precision], cfg.data.mean, cfg.data.std
+    return batch._replace(
+        global_crops=colour(batch.global_crops, batch.global_colour, mean, std).to(dtype),
+        local_crops=colour(batch.local_crops, batch.local_colour, mean, std).to(dtype),
+    )
+
+
+def backward(model, teacher, centers, batch, temp, cfg, scaler, rng, health):
+    """Gradients of one step, in cfg.accumulate micro-batches; returns the log of the last one.
+
+    With accumulation, Sinkhorn, the centre and KoLeo see one micro-batch at a time: targets are
+    balanced, and neighbours sought, among fewer images than in one large batch.
+    """
+    parts = data.split(batch, cfg.accumulate) if cfg.accumulate > 1 else [batch]
+    for part in parts:
+        last = part is parts[-1]
+        with synchronized(model, last):  # gradients meet once, after the last part
+            loss, log = objective(
+                model, teacher, centers, part, temp, cfg.loss, rng, health=health and last
+            )
+            scaler.scale(loss / len(parts)).backward()
+    return log
+
+
+@config.report_errors
+def main(argv):
+    cfg = config.load(*config.main_arguments(argv))
+    with process_group(cfg) as (device, rank, world):
+        train(cfg, device, rank, world)
+
+
+def train(cfg, device, rank, world):
+    # ---- data, networks, optimiser ----
+    source = data.open_source(cfg.data.root, cfg, "train")
+    held_out = data.evaluation_images(cfg)
+    student, teacher, centers, optimizer = build(cfg, device)
+    model = replicate(student, cfg)
+    scaler = torch.amp.GradScaler(device.type, enabled=cfg.precision == "fp16")
+
+    # ---- continue an interrupted run ----
+    start, state = 0, checkpoint.load_latest(cfg.out)
+    if state is not None:
+        checkpoint.check_same(state, cfg, cfg.out)
+        start = checkpoint.restore(state, student, teacher, centers, optimizer)
+    report = Reporter(cfg, source, student, device, rank, world, start)
+    watch = Watch(device)
+
+    # ---- the loop: every number is a function of the step, so there is nothing else to resume ----
+    batches = report.waiting(data.loader(cfg, source, start, rank, world))
+    for step, batch in enumerate(batches, start):
+        if step == 0 or (cfg.log.knn_every and step % cfg.log.knn_every == 0):
+            scores = evaluate(teacher.backbone, held_out, cfg, device, floors=step == 0)
+            report.evaluation(step, scores)
+        report.skipped(batch.skipped)
+        now = schedules(step, cfg)
+        set_schedule(optimizer, now)
+        rng = seeded(f"{cfg.seed} drop path {step} {rank}")
+        reporting = step == 0 or (step + 1) % cfg.log.every == 0
+
+        batch = to_device(batch, cfg, device)
+        log = backward(
+            model, teacher, centers, batch, now.teacher_temp, cfg, scaler, rng, reporting
+        )
+        scaler.unscale_(optimizer)
+        norms = clip_each_part(student, cfg.optim.clip)
+        watch.guard(optimizer, log, scaler)  # a loss that is not finite changes no weight
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+        ema_update(teacher, student, now.momentum)
+
+        if reporting:
+            report.step(step + 1, log | {f"grad_{name}": v for name, v in norms.items()}, now)
+        asked_to_stop = watch.check()
+        if (step + 1) % cfg.log.save_every == 0 or step + 1 == cfg.steps or asked_to_stop:
+            state = checkpoint.state_of(step + 1, cfg, student, teacher, centers, optimizer)
+            if rank == 0:
+                checkpoint.save(cfg.out, state)
+        if asked_to_stop and step + 1 < cfg.steps:
+            report.close(f"stopped after step {step + 1} and saved; the same command continues")
+            sys.exit(128 + asked_to_stop)
+    watch.finish()
+    final_report(report, teacher.backbone, source, held_out, cfg, device)
+
+
+def seeded(words):
+    """A torch.Generator that depends on nothing but these words."""
+    return torch.Generator().manual_seed(random.Random(words).getrandbits(63))
+
+
+class Watch:
+    """Non-finite losses, SIGTERM and Ctrl-C: noticed by all ranks in the same step.
+
+    Both are flags on the device, and they are read one step later, when the answer is there: the
+    loop never waits for the device because of them.
+    """
+
+    def __init__(self, device):
+        self.device, self.signal, self.pending, self.answer = device, 0, None, None
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self.remember)
+
+    def remember(self, number, frame):
+        """Finish the step, save, leave. A second signal does not wait."""
+        if self.signal:
+            raise KeyboardInterrupt
+        self.signal = number
+
+    def guard(self, optimizer, log, scaler):
+        """Make the optimiser skip this step, on the device, if the loss is not finite anywhere."""
+        bad = (~torch.isfinite(log["loss"])).float()
+        flags = max_over_ranks(torch.stack((bad, bad.new_tensor(float(self.signal)))))
+        if not scaler.is_enabled():  # which looks for non-finite gradients itself
+            optimizer.found_inf = flags[0]
+        self.answer, self.pending = self.pending, (flags, log)
+
+    def check(self):
+        """The signal to stop for, or 0. Raises UserError naming the terms of a non-finite loss."""
+        if self.answer is None:
+            return 0
+        flags, log = self.answer
+        bad, asked_to_stop = flags.tolist()
+        if bad:
+            terms = ", ".join(f"{name}={value.item():.4g}" for name, value in log.items())
+            raise config.UserError(
+                f"the loss is not finite ({terms}); the step was not taken and the last checkpoint "
+                "is kept: lower optim.lr, or use precision=fp32"
+            )
+        return int(asked_to_stop)
+
+    def finish(self):
+        """Look at the last step too."""
+        self.answer = self.pending
+        self.check()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,462 @@
+"""A Vision Transformer that reads crops of several sizes in one pass.
+
+An image becomes a row of patch tokens, a [CLS] token goes in front, registers (if any) behind it,
+and every block does
+    x = x + gamma * attention(norm(x))
+    x = x + gamma * mlp(norm(x))
+Four things differ from the original ViT (Dosovitskiy et al. 2021):
+  - LayerScale: gamma starts almost at zero, so that deep networks train    (Touvron et al. 2021)
+  - registers: extra tokens in which the network may keep global notes      (Darcet et al. 2024)
+  - SwiGLU instead of GELU for the giant model                              (Shazeer 2020)
+  - stochastic depth drops whole images, so the dropped work is saved       (DINOv2, section 5)
+Parameter names are those of the released DINOv2 checkpoints, which load with strict=True.
+
+Precision is that of the images put in. Weights stay in fp32 and are cast where they are used, so
+with bf16 images everything (the residual stream too) is bf16, as in the official mixed precision.
+
+Shapes:  B images of one crop size   N patches   T = 1 + registers + N tokens   D channels
+         H heads   E channels per head   M = sum of B * T, the tokens of all crops packed in one row
+"""
+
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from attention import attend
+from config import UserError
+
+# name:        dim  depth  heads  ffn        The first three are ours, for small images; the others
+SIZES = {  #                                 are the released ones, with 64 channels a head.
+    "nano":    (128,   6,     4, "mlp"),
+    "micro":   (192,   6,     3, "mlp"),
+    "tiny":    (192,  12,     3, "mlp"),
+    "small":   (384,  12,     6, "mlp"),
+    "base":    (768,  12,    12, "mlp"),
+    "large":   (1024, 24,    16, "mlp"),
+    "giant2":  (1536, 40,    24, "swiglu"),
+}  # fmt: skip
+
+
+class Linear(nn.Linear):
+    """nn.Linear that computes in the precision of its input: fp32 weights are cast at use."""
+
+    def forward(self, x):
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return F.linear(x, self.weight.to(x.dtype), bias)
+
+
+class LayerNorm(nn.LayerNorm):
+    """nn.LayerNorm in the precision of its input; statistics are fp32 inside the kernel."""
+
+    def forward(self, x):
+        weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
+        return F.layer_norm(x, self.normalized_shape, weight, bias, self.eps)
+
+
+class PatchEmbed(nn.Module):
+    """Cut an image into patches and map each to a token: (B, C, H, W) -> (B, N, D).
+
+    The weights have the shape of a convolution with stride = kernel = patch, as released. Patches
+    do not overlap, so it is a matrix product over the pixels of each patch.
+    """
+
+    def __init__(self, channels, dim, patch):
+        super().__init__()
+        self.proj = nn.Conv2d(channels, dim, kernel_size=patch, stride=patch)
+
+    def forward(self, x):
+        p = self.proj.kernel_size[0]
+        x = x.unflatten(3, (-1, p)).unflatten(2, (-1, p))  # (B, C, H/p, p, W/p, p)
+        x = x.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)  # (B, N, C * p * p)
+        return F.linear(x, self.proj.weight.to(x.dtype).flatten(1), self.proj.bias.to(x.dtype))
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention within each crop of a packed row of tokens."""
+
+    def __init__(self, dim, heads, backend):
+        super().__init__()
+        self.heads = heads
+        self.backend = backend
+        self.qkv = Linear(dim, 3 * dim)
+        self.proj = Linear(dim, dim)
+
+    def forward(self, x, groups):
+        qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1))  # (M, 3, H, E)
+        return self.proj(attend(qkv, groups, self.backend).flatten(1))
+
+
+class Mlp(nn.Module):
+    """Two linear layers with a GELU between them."""
+
+    def __init__(self, dim, hidden):
+        super().__init__()
+        self.fc1 = Linear(dim, hidden)
+        self.fc2 = Linear(hidden, dim)
+
+    def forward(self, x):
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+class SwiGLU(nn.Module):
+    """Gated feed-forward layer, w3(silu(x1) * x2) with (x1, x2) = w12(x).
+
+    A third matrix costs half as much again, so hidden is cut to 2/3 and rounded up to a multiple
+    of 8: as many parameters as the plain MLP. "SwiGLU" and "fused SwiGLU" are the same function.
+    """
+
+    def __init__(self, dim, hidden):
+        super().__init__()
+        hidden = (int(hidden * 2 / 3) + 7) // 8 * 8
+        self.w12 = Linear(dim, 2 * hidden)
+        self.w3 = Linear(hidden, dim)
+
+    def forward(self, x):
+        gate, value = self.w12(x).chunk(2, dim=-1)
+        return self.w3(F.silu(gate) * value)
+
+
+class LayerScale(nn.Module):
+    """A trainable factor for each channel of a residual branch."""
+
+    def __init__(self, dim, start):
+        super().__init__()
+        self.gamma = nn.Parameter(torch.full((dim,), float(start)))
+
+    def forward(self, x):
+        return x * self.gamma.to(x.dtype)
+
+
+class Block(nn.Module):
+    """One transformer block over packed tokens: x + gamma * attn(norm(x)), then the same with mlp.
+
+    `kept` is None, or for each of the two branches what stochastic depth keeps: the packed rows of
+    the kept images (m,), their groups, and batch / kept as a factor for each row (m, 1). Dropped
+    images are not computed at all: their rows stay as they are (DINOv2 section 5).
+    """
+
+    def __init__(self, dim, heads, hidden, ffn, layerscale, attention):
+        super().__init__()
+        self.norm1 = LayerNorm(dim, eps=1e-6)
+        self.attn = Attention(dim, heads, attention)
+        self.ls1 = LayerScale(dim, layerscale) if layerscale else nn.Identity()
+        self.norm2 = LayerNorm(dim, eps=1e-6)
+        self.mlp = {"mlp": Mlp, "swiglu": SwiGLU}[ffn](dim, hidden)
+        self.ls2 = LayerScale(dim, layerscale) if layerscale else nn.Identity()
+
+    def forward(self, x, groups, kept=None):
+        def attention(x, groups):
+            return self.ls1(self.attn(self.norm1(x), groups))
+
+        def feed_forward(x, groups):
+            return self.ls2(self.mlp(self.norm2(x)))
+
+        # Ablation: pass kept=None at the call below to train without stochastic depth.
+        for branch, some in zip((attention, feed_forward), kept or (None, None), strict=True):
+            if some is None:
+                x = x + branch(x, groups)
+            else:
+                rows, kept_groups, scale = some
+                x = x.index_add(0, rows, (branch(x[rows], kept_groups) * scale).to(x.dtype))
+        return x
+
+
+class VisionTransformer(nn.Module):
+    """The backbone: images (B, C, H, W) to [CLS], register and patch tokens of width D.
+
+    size       a row of SIZES, or (dim, depth, heads, ffn)
+    image_size pixels a side of the images that `pos_embed` is stored for; other sizes interpolate
+    init_std   of the linear layers; 0 takes 1 / sqrt(inputs) for each layer instead
+    drop_path  share of images that each residual branch skips in training
+    Raises UserError for an unknown size or an image size that does not divide into patches.
+    """
+
+    def __init__(
+        self,
+        size="small",
+        patch=14,
+        image_size=518,
+        channels=3,
+        registers=0,
+        ffn="",
+        drop_path=0.0,
+        drop_path_uniform=True,
+        layerscale=1e-5,
+        interpolate_offset=0.1,
+        interpolate_antialias=False,
+        init_std=0.02,
+        attention="auto",
+        mlp_ratio=4.0,
+    ):
+        super().__init__()
+        if isinstance(size, str) and size not in SIZES:
+            raise UserError(f"vit.size={size} is unknown: choose one of {', '.join(SIZES)}")
+        if image_size % patch:
+            raise UserError(f"image size {image_size} is not a multiple of vit.patch={patch}")
+        dim, depth, heads, own_ffn = SIZES[size] if isinstance(size, str) else size
+        self.dim = self.embed_dim = dim
+        self.depth, self.patch, self.registers = depth, patch, registers
+        self.interpolate_offset, self.interpolate_antialias = (
+            interpolate_offset,
+            interpolate_antialias,
+        )
+        self.init_std, self.layerscale = init_std, layerscale
+        self.drop_path = [
+            drop_path if drop_path_uniform else drop_path * i / max(depth - 1, 1)
+            for i in range(depth)
+        ]
+
+        self.cls_token = nn.Parameter(torch.empty(1, 1, dim))
+        self.pos_embed = nn.Parameter(torch.empty(1, 1 + (image_size // patch) ** 2, dim))
+        # None keeps the name out of the state dict, as in the released files without registers.
+        self.register_tokens = nn.Parameter(torch.empty(1, registers, dim)) if registers else None
+        self.mask_token = nn.Parameter(torch.empty(1, dim))
+        self.patch_embed = PatchEmbed(channels, dim, patch)
+        hidden = int(dim * mlp_ratio)
+        self.blocks = nn.ModuleList(
+            Block(dim, heads, hidden, ffn or own_ffn, layerscale, attention) for _ in range(depth)
+        )
+        self.norm = LayerNorm(dim, eps=1e-6)
+        if not self.cls_token.is_meta:
+            assign(self, self.initial_values())
+
+    def initial_values(self, generator=None):
+        """Yield (name, fp32 value) for every parameter, one at a time.
+
+        Linear weights     normal, std 0.02, bias 0. Right for widths of 384 and more; a 128-wide
+                           network hardly lets its input through, so init_std=0 scales by width.
+        pos_embed          normal, std 0.02
+        cls, registers     normal, std 1e-6;  mask_token 0
+        patch convolution  PyTorch's own: uniform, +-1 / sqrt(C * patch * patch)
+        norms              weight 1, bias 0;  LayerScale gamma `layerscale`
+        """
+        # Official: trunc_normal with bounds +-2, that is 100 standard deviations: a plain normal.
+        normal = partial(torch.randn, generator=generator)
+        for name, parameter in self.named_parameters():
+            shape = parameter.shape
+            if name.startswith("patch_embed"):
+                limit = self.patch_embed.proj.weight[0].numel() ** -0.5
+                value = torch.rand(shape, generator=generator) * 2 * limit - limit
+            elif name in ("cls_token", "register_tokens"):
+                value = normal(shape) * 1e-6
+            elif name == "pos_embed":
+                value = normal(shape) * 0.02
+            elif name == "mask_token" or name.endswith("bias"):
+                value = torch.zeros(shape)
+            elif name.endswith("gamma"):
+                value = torch.full(shape, float(self.layerscale))
+            elif "norm" in name:
+                value = torch.ones(shape)
+            else:
+                value = normal(shape) * (self.init_std or shape[1] ** -0.5)
+            yield name, value
+
+    def interpolate_pos_encoding(self, rows, columns):
+        """Positions for a grid of patches, bicubic in fp32: (1, 1 + rows * columns, D)."""
+        side = int((self.pos_embed.shape[1] - 1) ** 0.5)
+        if (rows, columns) == (side, side):
+            return self.pos_embed
+        cls, grid = self.pos_embed[:, :1], self.pos_embed[:, 1:].float()
+        grid = grid.unflatten(1, (side, side)).permute(0, 3, 1, 2)  # (1, D, side, side)
+        # The offset was once added against rounding of the scale. It is kept because it moves every
+        # sampling point: size= instead changes the result by up to 30 %, and released weights were
+        # trained with it (0.1; register models: 0 with antialias).
+        offset, antialias = self.interpolate_offset, self.interpolate_antialias
+        if offset:
+            scale = ((rows + offset) / side, (columns + offset) / side)
+            grid = F.interpolate(grid, scale_factor=scale, mode="bicubic", antialias=antialias)
+        else:
+            grid = F.interpolate(grid, size=(rows, columns), mode="bicubic", antialias=antialias)
+        assert grid.shape[-2:] == (rows, columns), "offset too large for this grid"
+        return torch.cat((cls, grid.flatten(2).transpose(1, 2).to(cls.dtype)), dim=1)
+
+    def prepare_tokens(self, x, mask=None):
+        """Images (B, C, H, W), mask (B, N) bool -> tokens (B, T, D): [CLS], registers, patches."""
+        B, _, height, width = x.shape
+        if height % self.patch or width % self.patch:
+            raise UserError(
+                f"a {height} x {width} image does not divide into {self.patch} px patches"
+            )
+        pos = self.interpolate_pos_encoding(height // self.patch, width // self.patch)
+        x = self.patch_embed(x)
+        if (
+            mask is not None
+        ):  # before positions are added, so a hidden patch still knows where it is
+            x = torch.where(mask.unsqueeze(-1), self.mask_token.to(x.dtype), x)
+        x = torch.cat((self.cls_token.to(x.dtype).expand(B, -1, -1), x), dim=1) + pos.to(x.dtype)
+        if self.registers:  # after: registers have no position
+            registers = self.register_tokens.to(x.dtype).expand(B, -1, -1)
+            x = torch.cat((x[:, :1], registers, x[:, 1:]), dim=1)
+        return x
+
+    def draw_kept(self, groups, rng=None):
+        """Draw the images that each residual branch computes in this step (stochastic depth).
+
+        Returns [block][branch][crop size] -> (k,) indices, k = max(int(B * (1 - rate)), 1). Subsets
+        are independent in each branch and crop size. `rng` is a CPU torch.Generator: indices made
+        on the CPU cost the GPU no wait.
+        """
+        return [
+            [
+                [torch.randperm(B, generator=rng)[: max(int(B * (1 - rate)), 1)] for B, _ in groups]
+                for _ in ("attention", "feed-forward")
+            ]
+            for rate in self.drop_path
+        ]
+
+    def forward_features(self, x, masks=None, rng=None, kept=None):
+        """One crop size, or a list of them in one packed pass.
+
+        x, masks   (B, C, H, W) and (B, N) bool or None; or a list of each
+        rng, kept  training with drop_path only: a CPU torch.Generator for stochastic depth, or the
+                   subsets themselves, as `draw_kept` returns them
+        Returns a dict (a list of dicts for a list) with x_norm_clstoken (B, D), x_norm_regtokens
+        (B, R, D), x_norm_patchtokens (B, N, D), x_prenorm (B, T, D) and masks.
+        """
+        crops = x if isinstance(x, list) else [x]
+        masks = masks if isinstance(masks, list) else [masks] * len(crops)
+        tokens = [self.prepare_tokens(c, m) for c, m in zip(crops, masks, strict=True)]
+        groups = tuple(t.shape[:2] for t in tokens)
+        x_MD = torch.cat([t.flatten(0, 1) for t in tokens])
+        if kept is None and self.training and any(self.drop_path):
+            kept = self.draw_kept(groups, rng)
+        kept = kept and packed_rows(kept, groups, x_MD.device)
+        for i, block in enumerate(self.blocks):
+            # A rate of 0 needs no gathering: the plain path gives the same.
+            x_MD = block(x_MD, groups, kept[i] if kept and self.drop_path[i] else None)
+        outputs = [
+            self.split_tokens(norm.unflatten(0, group), prenorm.unflatten(0, group), mask)
+            for norm, prenorm, group, mask in zip(
+                self.norm(x_MD).split([B * T for B, T in groups]),
+                x_MD.split([B * T for B, T in groups]),
+                groups,
+                masks,
+                strict=True,
+            )
+        ]
+        return outputs if isinstance(x, list) else outputs[0]
+
+    def split_tokens(self, norm, prenorm, mask):
+        """Name the tokens of one crop size, (B, T, D) each, by their roles."""
+        first_patch = 1 + self.registers
+        return {
+            "x_norm_clstoken": norm[:, 0],
+            "x_norm_regtokens": norm[:, 1:first_patch],
+            "x_norm_patchtokens": norm[:, first_patch:],
+            "x_prenorm": prenorm,
+            "masks": mask,
+        }
+
+    def forward(self, x, masks=None, is_training=False, rng=None, kept=None):
+        """The normalised [CLS] token (B, D); with is_training, what `forward_features` returns."""
+        features = self.forward_features(x, masks, rng, kept)
+        return features if is_training else features["x_norm_clstoken"]
+
+    def get_intermediate_layers(self, x, n=1, reshape=False, return_class_token=False, norm=True):
+        """Patch tokens after the last n blocks, or after the blocks listed in n, in block order.
+
+        Each is (B, N, D), or (B, D, H / patch, W / patch) with reshape; with return_class_token
+        each is a pair (patches, [CLS]). Registers are left out; the final norm is applied to each.
+        """
+        wanted = range(self.depth - n, self.depth) if isinstance(n, int) else n
+        tokens = self.prepare_tokens(x)
+        groups, rows = (tokens.shape[:2],), x.shape[2] // self.patch
+        x_MD, layers = tokens.flatten(0, 1), []
+        for i, block in enumerate(self.blocks):
+            x_MD = block(x_MD, groups)
+            if i in wanted:
+                out = (self.norm(x_MD) if norm else x_MD).unflatten(0, groups[0])
+                patches = out[:, 1 + self.registers :]
+                if reshape:
+                    patches = patches.transpose(1, 2).unflatten(2, (rows, -1)).contiguous()
+                layers.append((patches, out[:, 0]) if return_class_token else patches)
+        assert len(layers) == len(wanted), f"blocks {list(wanted)} do not all exist"
+        return tuple(layers)
+
+
+def packed_rows(kept, groups, device):
+    """Turn kept images into packed token rows: what `Block` takes as `kept`, for every block.
+
+    All indices of the step go to the device in one copy that nobody waits for.
+    """
+    flat = torch.cat([indices for block in kept for branch in block for indices in branch])
+    if device.type == "cuda":
+        flat = flat.pin_memory()
+    flat = iter(flat.to(device, non_blocking=True).split([
+        len(indices) for block in kept for branch in block for indices in branch
+    ]))  # fmt: skip
+    starts = [0]
+    for B, T in groups:
+        starts.append(starts[-1] + B * T)
+    tokens = [torch.arange(T, device=device) for _, T in groups]
+
+    def pack(branch):
+        indices = [next(flat) for _ in branch]
+        rows = [
+            (start + i.unsqueeze(1) * len(t) + t).flatten()
+            for i, t, start in zip(indices, tokens, starts, strict=False)
+        ]
+        scale = [
+            torch.full((len(r), 1), B / len(i), device=device)
+            for r, i, (B, _) in zip(rows, indices, groups, strict=True)
+        ]
+        kept_groups = tuple((len(i), T) for i, (_, T) in zip(indices, groups, strict=True))
+        return torch.cat(rows), kept_groups, torch.cat(scale)
+
+    return [[pack(branch) for branch in block] for block in kept]
+
+
+@torch.no_grad()
+def assign(module, values):
+    """Copy (name, value) pairs into the parameters of a module."""
+    parameters = dict(module.named_parameters())
+    for name, value in values:
+        parameters[name].copy_(value)
+
+
+def build_backbone(cfg, drop_path=0.0):
+    """The backbone that a Config describes."""
+    v = cfg.vit
+    return VisionTransformer(
+        v.size,
+        v.patch,
+        image_size=cfg.crops.global_size,
+        channels=cfg.data.channels,
+        registers=v.registers,
+        ffn=v.ffn,
+        drop_path=drop_path,
+        drop_path_uniform=v.drop_path_uniform,
+        layerscale=v.layerscale,
+        interpolate_offset=v.interpolate_offset,
+        interpolate_antialias=v.interpolate_antialias,
+        init_std=v.init_std,
+        attention=cfg.attention,
+    )
+
+
+def load_backbone(path, with_config=False):
+    """The trained backbone of a run folder or teacher file, in eval mode; strict.
+
+    path  RUN (its teacher.pt) or a file written by checkpoint.save
+    Returns the network, or (network, Config) with with_config. Raises UserError if the file is
+    missing, damaged, or does not hold what its config says.
+    """
+    from pathlib import Path
+
+    from checkpoint import read
+    from config import from_dict
+
+    path = Path(path, "teacher.pt") if Path(path).is_dir() else Path(path)
+    state = read(path)
+    if "backbone" not in state or "config" not in state:
+        raise UserError(f"{path}: not a teacher file of train.py (no backbone and config in it)")
+    cfg = from_dict(state["config"], str(path))
+    backbone = build_backbone(cfg)
+    try:
+        backbone.load_state_dict(state["backbone"])
+    except RuntimeError as error:
+        raise UserError(f"{path}: {' '.join(str(error).split())}") from None
+    backbone.eval()
+    return (backbone, cfg) if with_config else backbone
