@@ -330,7 +330,7 @@ def block_mask(height, width, n, rng, smallest=4, aspect=(0.3, 1 / 0.3)):
 
 
 def batch_masks(n_crops, height, width, probability, ratio, rng):
-    """(n_crops, height * width) bool: a share `probability` of the crops is masked, in random order.
+    """(n_crops, height * width) bool: a share `probability` of the crops, by chance, is masked.
 
     The share of hidden patches is spread evenly over the masked crops: `ratio` is cut into as many
     equal intervals, and each crop draws from its own. So every batch hides about the same number.

@@ -13,6 +13,7 @@ import difflib
 import functools
 import inspect
 import math
+import os
 import re
 import sys
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
@@ -23,6 +24,10 @@ import yaml
 
 class UserError(Exception):
     """What the user gave cannot work. The message is one line that names the fix."""
+
+
+class RankError(UserError):
+    """A UserError that one of several processes meets alone; the others all have the same one."""
 
 
 Pair = tuple[float, float]
@@ -448,7 +453,9 @@ def report_errors(main):
         try:
             return main(*args, **kwargs)
         except UserError as error:
-            print("error: " + " ".join(str(error).split()), file=sys.stderr)
+            # What all processes of a run have to say is said once, by the first.
+            if os.environ.get("RANK", "0") == "0" or isinstance(error, RankError):
+                print("error: " + " ".join(str(error).split()), file=sys.stderr)
             sys.exit(2)
 
     return run

@@ -28,10 +28,7 @@ from torch.utils.data import DataLoader
 
 import augment
 from config import UserError
-from sources import open_source, split_folder
-
-GIVE_UP = 100  # damaged images in a row: not an accident, the whole source is out of reach
-
+from sources import open_source, read_or_next, split_folder
 
 # ---- order --------------------------------------------------------------------------------------
 
@@ -49,25 +46,6 @@ class Order:
             np.random.default_rng([self.seed, epoch]).shuffle(self.permutation)
             self.epoch = epoch
         return int(self.permutation[place])
-
-
-def read_or_next(source, index):
-    """(image, its index, names and reasons of damaged images on the way).
-
-    A damaged image is replaced by the next one of the source that can be read: which one it is
-    depends on nothing else, so all runs over the same files see the same images.
-    """
-    skipped = []
-    for i in range(min(len(source), GIVE_UP)):
-        at = (index + i) % len(source)
-        try:
-            return source.read(at), at, skipped
-        # A decoder fed with damaged bytes raises anything, from OSError to struct.error.
-        except Exception as error:
-            skipped.append(f"{source.name(at)}: {type(error).__name__}: {error}")
-    raise UserError(
-        f"{len(skipped)} images in a row cannot be read; check the disk. The first: {skipped[0]}"
-    )
 
 
 # ---- training -----------------------------------------------------------------------------------
@@ -175,13 +153,8 @@ def loader(cfg, source, start_step=0, rank=0, world=1):
         )
     if len(source) < cfg.batch:
         raise UserError(
-            f"{len(source)} images are fewer than batch={cfg.batch}: use batch={len(source)} or less"
-        )
-    image, _, _ = read_or_next(source, 0)  # an unreadable source is best noticed now
-    if image.shape[2] != cfg.data.channels:
-        raise UserError(
-            f"{source.name(0)} has {image.shape[2]} channels, data.channels={cfg.data.channels}: "
-            f"set data.channels={image.shape[2]} with as many data.mean and data.std"
+            f"{len(source)} images are fewer than batch={cfg.batch}: "
+            f"use batch={len(source)} or less, or more images"
         )
     batches = DataLoader(
         Dataset(source, cfg),
@@ -232,7 +205,7 @@ def evaluation_images(cfg):
 
 
 def centre_crop(image, size):
-    """uint8 (H, W, C) -> (C, size, size): shorter side to 256/224 of size, then the centre.
+    """(H, W, C) -> (C, size, size): the shorter side becomes 256/224 of size, then the centre.
 
     The official evaluation transform. An image whose shorter side is `size` already is not resized:
     enlarging small pictures such as CIFAR's only to cut off their borders loses information.
@@ -240,38 +213,58 @@ def centre_crop(image, size):
     height, width = image.shape[:2]
     short = min(height, width)
     target = size if short == size else round(size * 256 / 224)
-    if short != target:
-        height, width = int(target * height / short), int(target * width / short)
-        image = resize(image, height, width)
-    top, left = round((height - size) / 2), round((width - size) / 2)
+    image = resize(image, int(target * height / short), int(target * width / short))
+    top, left = round((image.shape[0] - size) / 2), round((image.shape[1] - size) / 2)
     return torch.tensor(image[top : top + size, left : left + size]).permute(2, 0, 1)
 
 
 def resize(image, height, width):
-    """Pillow's antialiased bicubic, one channel at a time: there can be any number of them."""
-    planes = [Image.fromarray(image[:, :, c]) for c in range(image.shape[2])]
+    """Pillow's antialiased bicubic, one channel at a time: there can be any number of them.
+
+    As in augment.resized_crop, integers of more than 8 bits become float32 in 0..1.
+    """
+    if image.dtype != np.uint8:
+        scale = np.iinfo(image.dtype).max if image.dtype.kind in "ui" else 1
+        image = np.float32(image) / np.float32(scale)
+    if image.shape[:2] == (height, width):
+        return image
+    planes = [Image.fromarray(plane) for plane in np.ascontiguousarray(image.transpose(2, 0, 1))]
     return np.stack([p.resize((width, height), Image.Resampling.BICUBIC) for p in planes], axis=2)
 
 
 class Evaluation:
-    """Index -> (uint8 crop (C, size, size), label); a damaged image is replaced as in training."""
+    """Index -> (crop (C, size, size), label); a damaged image is replaced as in training.
 
-    def __init__(self, source, size):
-        self.source, self.size = source, size
+    A rank has every `world`-th image. All have equally many, for which the last begin again: with
+    sharded weights, each forward pass is an appointment of all ranks.
+    """
+
+    def __init__(self, source, size, rank=0, world=1):
+        self.source, self.size, self.rank, self.world = source, size, rank, world
 
     def __len__(self):
-        return len(self.source)
+        return -(-len(self.source) // self.world)
 
     def __getitem__(self, index):
+        index = (index * self.world + self.rank) % len(self.source)
         image, at, _ = read_or_next(self.source, index)
         return centre_crop(image, self.size), self.source.label(at)
 
 
-def evaluation_batches(source, cfg, batch=256, device="cpu"):
+def evaluation_batches(source, cfg, batch=256, device="cpu", rank=0, world=1):
     """Iterator of (normalised images (B, C, size, size) on `device`, labels (B,) on the CPU)."""
     mean = torch.tensor(cfg.data.mean, device=device)[:, None, None]
     std = torch.tensor(cfg.data.std, device=device)[:, None, None]
-    data = Evaluation(source, cfg.crops.global_size)
+    data = Evaluation(source, cfg.crops.global_size, rank, world)
     batches = DataLoader(data, batch_size=batch, **worker_options(cfg))
     for image_BCSS, label_B in one_line_errors(batches):
-        yield (image_BCSS.to(device, non_blocking=True) / 255 - mean) / std, label_B
+        scale = 255 if image_BCSS.dtype == torch.uint8 else 1
+        yield (image_BCSS.to(device, non_blocking=True) / scale - mean) / std, label_B
+
+
+if __name__ == "__main__":
+    import sys
+
+    from prepare import main
+
+    main(sys.argv[1:])

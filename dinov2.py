@@ -154,20 +154,19 @@ def health_signs(told, target_NK, temp):
     """Numbers that show a collapse before the loss does, from the teacher's view of a batch.
 
     teacher_entropy   mean entropy of a target in nats: ln K says nothing, 0 says one prototype
-    prototypes_used   exp(entropy of the mean prediction before centering) / min(K, rows): the share
-                      of the prototypes that a batch could use which it does use; 0 is collapse
+    prototypes_used   exp(entropy of the mean prediction before centering) / K, the share of the
+                      prototypes that the batch uses; 1 / K is collapse
     koleo_distance    mean distance to the nearest other image on the unit sphere; 0 is collapse
     rankme            effective rank of the [CLS] features, exp(entropy of their singular values):
                       1 is collapse (Garrido et al. 2023)
     """
-    N, K = target_NK.shape
     mean_K = (told.cls_score.float() / temp).softmax(dim=1).mean(dim=0)
     view_BD = nn.functional.normalize(told.cls.float().chunk(LARGE_CROPS)[0], dim=1)
-    singular = torch.linalg.svdvals(told.cls.float())
+    singular = torch.linalg.svdvals(told.cls.float().nan_to_num())  # svd raises on nan
     distance_BB = torch.cdist(view_BD, view_BD).fill_diagonal_(torch.inf)
     return {
         "teacher_entropy": torch.special.entr(target_NK).sum(dim=1).mean(),
-        "prototypes_used": torch.special.entr(mean_K).sum().exp() / min(K, N),
+        "prototypes_used": torch.special.entr(mean_K).sum().exp() / len(mean_K),
         "koleo_distance": distance_BB.amin(dim=1).mean(),
         "rankme": torch.special.entr(singular / singular.sum()).sum().exp(),
     }

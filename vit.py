@@ -132,9 +132,7 @@ class LayerScale(nn.Module):
 class Block(nn.Module):
     """One transformer block over packed tokens: x + gamma * attn(norm(x)), then the same with mlp.
 
-    `kept` is None, or for each of the two branches what stochastic depth keeps: the packed rows of
-    the kept images (m,), their groups, and batch / kept as a factor for each row (m, 1). Dropped
-    images are not computed at all: their rows stay as they are (DINOv2 section 5).
+    `kept` says for each of the two branches which images stochastic depth keeps; None is all.
     """
 
     def __init__(self, dim, heads, hidden, ffn, layerscale, attention):
@@ -146,21 +144,29 @@ class Block(nn.Module):
         self.mlp = {"mlp": Mlp, "swiglu": SwiGLU}[ffn](dim, hidden)
         self.ls2 = LayerScale(dim, layerscale) if layerscale else nn.Identity()
 
-    def forward(self, x, groups, kept=None):
-        def attention(x, groups):
-            return self.ls1(self.attn(self.norm1(x), groups))
+    def attention_branch(self, x, groups):
+        return self.ls1(self.attn(self.norm1(x), groups))
 
-        def feed_forward(x, groups):
-            return self.ls2(self.mlp(self.norm2(x)))
+    def feed_forward_branch(self, x, groups):
+        return self.ls2(self.mlp(self.norm2(x)))
 
-        # Ablation: pass kept=None at the call below to train without stochastic depth.
-        for branch, some in zip((attention, feed_forward), kept or (None, None), strict=True):
-            if some is None:
-                x = x + branch(x, groups)
-            else:
-                rows, kept_groups, scale = some
-                x = x.index_add(0, rows, (branch(x[rows], kept_groups) * scale).to(x.dtype))
-        return x
+    def forward(self, x, groups, kept=(None, None)):
+        # Ablation: drop kept[0] and kept[1] here to train without stochastic depth.
+        x = add_branch(x, self.attention_branch, groups, kept[0])
+        return add_branch(x, self.feed_forward_branch, groups, kept[1])
+
+
+def add_branch(x, branch, groups, kept=None):
+    """x + branch(x) on packed tokens (M, D); with stochastic depth only for the kept images.
+
+    kept  the packed rows of the kept images (m,), their groups, and batch / kept as a factor for
+          each row (m, 1). Dropped images are not computed at all: their rows stay as they are
+          (DINOv2 section 5, "Efficient stochastic depth").
+    """
+    if kept is None:
+        return x + branch(x, groups)
+    rows, kept_groups, scale = kept
+    return x.index_add(0, rows, (branch(x[rows], kept_groups) * scale).to(x.dtype))
 
 
 class VisionTransformer(nn.Module):
@@ -198,10 +204,8 @@ class VisionTransformer(nn.Module):
         dim, depth, heads, own_ffn = SIZES[size] if isinstance(size, str) else size
         self.dim = self.embed_dim = dim
         self.depth, self.patch, self.registers = depth, patch, registers
-        self.interpolate_offset, self.interpolate_antialias = (
-            interpolate_offset,
-            interpolate_antialias,
-        )
+        self.interpolate_offset = interpolate_offset
+        self.interpolate_antialias = interpolate_antialias
         self.init_std, self.layerscale = init_std, layerscale
         self.drop_path = [
             drop_path if drop_path_uniform else drop_path * i / max(depth - 1, 1)
@@ -325,7 +329,7 @@ class VisionTransformer(nn.Module):
         kept = kept and packed_rows(kept, groups, x_MD.device)
         for i, block in enumerate(self.blocks):
             # A rate of 0 needs no gathering: the plain path gives the same.
-            x_MD = block(x_MD, groups, kept[i] if kept and self.drop_path[i] else None)
+            x_MD = block(x_MD, groups, kept[i] if kept and self.drop_path[i] else (None, None))
         outputs = [
             self.split_tokens(norm.unflatten(0, group), prenorm.unflatten(0, group), mask)
             for norm, prenorm, group, mask in zip(

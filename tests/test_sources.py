@@ -3,6 +3,7 @@
 Run: pytest tests/test_sources.py       (seconds; files are written to a temporary folder)
 """
 
+import pickle
 import struct
 import zlib
 
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import sources
 from config import Config, UserError
 from sources import open_source, read_image
 
@@ -84,7 +86,7 @@ def damaged_files(tmp_path):
 @pytest.mark.parametrize("kind", ["truncated", "empty", "text", "bomb", "film", "postscript"])
 def test_damaged_files_raise(tmp_path, kind):
     (tmp_path / "x.jpg").write_bytes(damaged_files(tmp_path)[kind])
-    with pytest.raises(Exception, match=r"truncated|identify|exceeds limit|2 frames"):
+    with pytest.raises(Exception, match=r"truncated|not a picture|exceeds limit|2 frames"):
         read_image(tmp_path / "x.jpg")
 
 
@@ -121,7 +123,7 @@ def test_a_loop_of_links_ends(tmp_path):
 
 
 def test_a_missing_or_empty_folder_is_one_line(tmp_path):
-    with pytest.raises(UserError, match=r"no such folder; set data\.root"):
+    with pytest.raises(UserError, match=r"no such folder or file; data\.root is a folder"):
         open_source(tmp_path / "missing", Config())
     with pytest.raises(UserError, match=r"no images in this folder or below; looked for \.jpg"):
         open_source(tmp_path, Config())
@@ -129,14 +131,109 @@ def test_a_missing_or_empty_folder_is_one_line(tmp_path):
         open_source("", Config())
 
 
+# ---- more than 8 bits, more than 3 channels -----------------------------------------------------
+
+
+def many_channels(root, channels=5, dtype=np.uint8, count=4):
+    rng = np.random.default_rng(0)
+    images = rng.integers(np.iinfo(dtype).max + 1, size=(count, 12, 10, channels), dtype=dtype)
+    for i, image in enumerate(images):
+        np.save(root / f"{i}.npy", image)
+    return images
+
+
+def config_for(channels):
+    cfg = Config()
+    cfg.data.channels, cfg.data.mean, cfg.data.std = channels, (0.5,) * channels, (0.5,) * channels
+    return cfg
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+def test_files_of_five_channels_are_read_as_they_are(tmp_path, dtype):
+    images = many_channels(tmp_path, 5, dtype)
+    source = open_source(tmp_path, config_for(5))
+    assert source.dtype == dtype
+    assert all(np.array_equal(source.read(i), images[i]) for i in range(4))
+
+
+def test_tiff_files_of_five_bands_are_read(tmp_path):
+    tifffile = pytest.importorskip("tifffile")
+    image = many_channels(tmp_path, 5, np.uint16, count=1)[0]
+    tifffile.imwrite(tmp_path / "0.tif", image.transpose(2, 0, 1))
+    (tmp_path / "0.npy").unlink()
+    assert np.array_equal(open_source(tmp_path, config_for(5)).read(0), image)
+
+
+def test_sixteen_bit_pictures_keep_their_bits(tmp_path):
+    values = np.arange(24, dtype=np.uint16).reshape(4, 6) * 2500
+    Image.fromarray(values).save(tmp_path / "1.png")
+    picture("L").save(tmp_path / "2.png")
+    source = open_source(tmp_path, config_for(1))
+    assert np.array_equal(source.read(0)[:, :, 0], values)
+    assert np.array_equal(source.read(1)[:, :, 0] // 257, np.asarray(picture("L")))  # one kind
+
+
+def test_a_mapped_array_is_not_copied_to_the_workers(tmp_path):
+    images = np.zeros((100, 20, 20, 3), np.uint8)
+    images[7] = 7
+    np.save(tmp_path / "x.npy", images)
+    source = open_source(tmp_path / "x.npy", Config())
+    sent = pickle.dumps(source)
+    assert len(sent) < 2000 and np.array_equal(pickle.loads(sent).read(7), images[7])
+
+
+@pytest.mark.parametrize(
+    ("arrays", "message"),
+    [
+        ({"x": np.zeros((4, 3, 8, 8), np.uint8)}, r"channels come last, save it as .*transpose"),
+        ({"x": np.zeros((4, 8, 8, 5), np.uint8)}, r"5 channels .* but data\.channels=3: set data"),
+        ({"x": np.zeros((4, 8, 8, 3)), "y": np.zeros(3, int)}, "4 images but 3 labels"),
+        (
+            {"a": np.zeros((4, 8, 8, 3)), "b": np.zeros((4, 8, 8, 3))},
+            "expected one array of images",
+        ),
+        ({"y": np.zeros(3, int)}, "expected one array of images"),
+        ({"x": np.zeros((0, 8, 8, 3))}, "0 images of float64"),
+    ],
+)
+def test_an_array_that_cannot_be_used_is_one_line(tmp_path, arrays, message):
+    np.savez(tmp_path / "x.npz", **arrays)
+    with pytest.raises(UserError, match=message) as error:
+        open_source(tmp_path / "x.npz", Config())
+    assert "\n" not in str(error.value)
+
+
+def test_files_of_other_channels_are_one_line(tmp_path):
+    many_channels(tmp_path, 5)
+    with pytest.raises(UserError, match=r"5 channels, but data\.channels=3"):
+        open_source(tmp_path, Config())
+    with pytest.raises(UserError, match=r"RGB picture, but data\.channels=5"):
+        open_source(small_folder(tmp_path / "rgb", "a.jpg"), config_for(5))
+
+
+def test_an_unreadable_array_or_an_empty_list_is_one_line(tmp_path):
+    (tmp_path / "x.npy").write_text("not an array")
+    (tmp_path / "x.npz").write_text("not an archive")
+    (tmp_path / "x.csv").write_text("path,label\n")
+    for name, message in [
+        ("x.npy", "not a readable"),
+        ("x.npz", "not a readable"),
+        ("x.csv", "no im"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            open_source(tmp_path / name, Config())
+
+
 # ---- embedded -----------------------------------------------------------------------------------
 
 
-def test_the_embedded_set_is_a_source_with_labels():
+def test_the_embedded_set_is_a_source_with_labels(monkeypatch):
+    monkeypatch.setitem(sources.SYNTHETIC_IMAGES, "test", 48)
+    monkeypatch.setattr(sources, "open_synthetic", sources.open_synthetic.__wrapped__)  # not cached
     cfg = Config()
     source = open_source("synthetic", cfg, "test")
     assert source.read(5).dtype == np.uint8 and source.read(5).shape[2] == 3
     assert {source.label(i) for i in range(len(source))} == set(range(len(source.classes)))
     cfg.data.channels = 1
-    with pytest.raises(UserError, match=r"set data\.channels=3"):
-        open_source("synthetic", cfg)
+    with pytest.raises(UserError, match=r"but data\.channels=1: set data\.channels=3"):
+        open_source("synthetic", cfg, "test")
