@@ -1,91 +1,239 @@
-"""Save and load a run so that nothing is lost: written aside, renamed, verified, two kept.
+"""Save and load a run so that nothing is lost, on any number of ranks.
 
 A checkpoint holds everything that the next step depends on: step, student, teacher, centres,
 optimiser, config. Data order, crops, masks and stochastic depth are functions of seed and step, so
-there is no random state to save. Files are read with weights_only=True: loading never runs code.
+there is no random state to save. PyTorch's distributed checkpoint does the work: every rank writes
+its shards, and reading cuts them anew, so a run continues on any number of ranks, wrapped or not.
 
-    RUN/checkpoints/0001000.pt   to continue the run; parameters under their full names
-    RUN/teacher.pt               the product: backbone (keys as in the released checkpoints),
-                                 dino_head, ibot_head, config, step
+    RUN/checkpoints/0001000/            has this name only once it is complete; the last two stay
+        shard-00001-....safetensors     the tensors of the first rank, and so on
+        run.json                        step, config, and the checksum of each file
+    RUN/checkpoints/0002000.part/       being written, or left by a kill; never read
+    RUN/teacher.pt                      the product: backbone (keys as in the released checkpoints),
+                                        dino_head, ibot_head, config, step
+
+Ranks on several machines need a RUN folder that they share. Safetensors and json hold no code, and
+teacher.pt is read with weights_only=True: loading never runs code.
 """
 
+import json
 import os
+import shutil
+import warnings
 import zipfile
+import zlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_model_state_dict,
-    get_optimizer_state_dict,
-    set_model_state_dict,
-    set_optimizer_state_dict,
-)
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_optimizer_state_dict
 
 from config import UserError, to_dict
+from parallel import ranks
 
 KEEP = 2  # one to continue from, one in case that one is damaged
-
-# Every rank takes part in gathering, rank 0 gets whole tensors in its CPU memory; loading sends
-# each rank its part. So a checkpoint does not depend on the number of ranks or on the wrapping.
-WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
+warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process: fine
 
 
-def state_of(step, cfg, student, teacher, centers, optimizer):
-    """All that the next step depends on, as nested dictionaries of whole CPU tensors."""
-    optimizer_state = get_optimizer_state_dict(student, optimizer, options=WHOLE)
-    return {
-        "step": step,
-        "config": to_dict(cfg),
-        "student": get_model_state_dict(student, options=WHOLE),
-        "teacher": get_model_state_dict(teacher, options=WHOLE),
-        "centers": centers.state_dict(),
+class Checkpoints:
+    """The checkpoints of one run: what is in them, and the thread that writes them.
+
+    save() copies the state to CPU memory and returns: the loop goes on while a thread writes.
+    """
+
+    def __init__(self, cfg, student, teacher, centers, optimizer, scaler):
+        self.cfg, self.networks, self.centers = cfg, (student, teacher), centers
+        self.optimizer, self.scaler = optimizer, scaler
+        copies = StagingOptions(False, False, False, False)  # plain ones; reused by the next save
+        self.stager, self.thread, self.writing = DefaultStager(copies), ThreadPoolExecutor(1), None
+        # The threads of all ranks talk in a group of their own: in a common one their messages
+        # would be taken for those of the training step.
+        self.group = dist.new_group(backend="gloo") if dist.is_initialized() else None
+
+    def tensors(self):
+        """All tensors that the next step depends on, by name: the live ones, shards as shards."""
+        student, teacher = self.networks
         # Learning rates and decay are functions of the step; only the moments are state.
-        "optimizer": optimizer_state["state"],
-    }
+        moments = get_optimizer_state_dict(student, self.optimizer)["state"]
+        named = {f"optimizer.{n}.{k}": v for n, state in moments.items() for k, v in state.items()}
+        for part, state in {
+            "student": get_model_state_dict(student),
+            "teacher": get_model_state_dict(teacher),
+            "centers": self.centers.state_dict(),
+        }.items():
+            named |= {f"{part}.{name}": value for name, value in state.items()}
+        return named
 
+    def save(self, step):
+        """Take what the run is after `step` steps; all ranks call it. Raises like wait()."""
+        self.wait()
+        card = {"step": step, "config": to_dict(self.cfg), "scaler": self.scaler.state_dict()}
+        copy = self.stager.stage(self.tensors())
+        self.writing = self.thread.submit(write, copy, card, Path(self.cfg.out), self.group)
 
-def restore(state, student, teacher, centers, optimizer):
-    """Put a loaded state back; strict. Returns the step to continue with."""
-    set_model_state_dict(student, state["student"], options=WHOLE)
-    set_model_state_dict(teacher, state["teacher"], options=WHOLE)
-    centers.load_state_dict(state["centers"])
-    groups = get_optimizer_state_dict(student, optimizer, options=WHOLE)["param_groups"]
-    optimizer_state = {"state": state["optimizer"], "param_groups": groups}
-    set_optimizer_state_dict(student, optimizer, optimizer_state, options=WHOLE)
-    return state["step"]
+    def wait(self):
+        """Until the last save is on the disk. Raises UserError if it could not be written."""
+        writing, self.writing = self.writing, None
+        if writing is not None:
+            writing.result()
 
+    def check(self):
+        """Raise UserError if the last save has failed; does not wait."""
+        if self.writing is not None and self.writing.done():
+            self.wait()
 
-def write(state, path):
-    """Write a file whole or not at all: a kill or a full disk leaves what was there before."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_suffix(".part")
-    try:
-        with open(aside, "wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())  # on the disk before the name says so
-    except (OSError, RuntimeError) as error:  # RuntimeError: how torch.save reports a full disk
-        aside.unlink(missing_ok=True)
-        raise UserError(f"{path}: cannot be written ({error}); free some disk space") from None
-    os.replace(aside, path)
+    def load(self, warn=print):
+        """Put the newest readable checkpoint back; returns the step to continue with, 0 if none.
 
-
-def save(run, state):
-    """Write RUN/checkpoints/<step>.pt and RUN/teacher.pt, then drop all but the last two."""
-    write(state, Path(run, "checkpoints", f"{state['step']:07d}.pt"))
-    teacher = {"step": state["step"], "config": state["config"]}
-    for name, value in state["teacher"].items():
-        part, _, key = name.partition(".")
-        teacher.setdefault(part, {})[key] = value
-    write(teacher, Path(run, "teacher.pt"))
-    for old in checkpoints(run)[:-KEEP]:
-        old.unlink()
+        Raises UserError if there are checkpoints and none can be read, or if the config differs.
+        """
+        folders = checkpoints(self.cfg.out)
+        for folder in reversed(folders):
+            try:
+                card = verified(folder, self.group)
+                check_same(card["config"], self.cfg)
+                reader = dcp.HuggingFaceStorageReader(str(folder))
+                dcp.load(self.tensors(), storage_reader=reader, process_group=self.group)
+            except Damaged as error:
+                if ranks()[0] == 0:
+                    warn(f"warning: {error}; trying the checkpoint before it")
+                continue
+            except dcp.api.CheckpointException as error:
+                raise UserError(f"{folder}: not of this network ({reason(error)})") from None
+            if card["scaler"]:
+                self.scaler.load_state_dict(card["scaler"])
+            return card["step"]
+        if folders:
+            raise UserError(
+                f"{self.cfg.out}: no checkpoint can be read; delete the folder or use another out="
+            )
+        return 0
 
 
 def checkpoints(run):
-    """The checkpoint files of a run, oldest first."""
-    return sorted(Path(run, "checkpoints").glob("*.pt"))
+    """The complete checkpoint folders of a run, oldest first."""
+    return sorted(path for path in Path(run, "checkpoints").glob("*") if path.name.isdigit())
+
+
+# ---- writing, in the thread ----------------------------------------------------------------------
+
+
+def write(tensors, card, run, group):
+    """Write RUN/checkpoints/<step> and RUN/teacher.pt, then drop all but the last two checkpoints.
+
+    Each file is written aside and flushed, and the last thing is a new name: a kill or a full disk
+    leaves what was there before.
+    """
+    folder = run / "checkpoints" / f"{card['step']:07d}"
+    aside, first = folder.with_suffix(".part"), ranks()[0] == 0
+    try:
+        if first:
+            for stale in folder.parent.glob("*.part"):
+                shutil.rmtree(stale)
+            folder.parent.mkdir(parents=True, exist_ok=True)
+        writer = dcp.HuggingFaceStorageWriter(str(aside), save_distributed=True)
+        dcp.save(tensors, storage_writer=writer, process_group=group)
+        own = sorted(aside.glob(f"shard-{ranks()[0] + 1:05d}-*"))
+        sums = gathered({path.name: checksum(path) for path in own}, group)
+        if first:
+            card["files"] = {name: value for part in sums for name, value in part.items()}
+            write_file(aside / "run.json", lambda file: file.write(json.dumps(card).encode()))
+            export_teacher(aside, run / "teacher.pt")  # now, as a complete checkpoint has one
+            discard(folder)  # a step that was saved before, by a run that was then set back
+            os.replace(aside, folder)
+            for old in checkpoints(run)[:-KEEP]:
+                discard(old)
+    # RuntimeError: how torch.save reports a full disk. CheckpointException: an error of any rank.
+    except (OSError, RuntimeError, dcp.api.CheckpointException) as error:
+        if first:
+            shutil.rmtree(aside, ignore_errors=True)
+        raise UserError(f"{folder}: cannot be written ({reason(error)})") from None
+
+
+def export_teacher(folder, path):
+    """Write the teacher of a checkpoint, whole and under plain names, to one file."""
+    reader = dcp.HuggingFaceStorageReader(str(folder))
+    stored = reader.read_metadata().state_dict_metadata
+    whole = {k: torch.empty(v.size) for k, v in stored.items() if k.startswith("teacher.")}
+    dcp.load(whole, storage_reader=reader, no_dist=True)
+    card = json.loads((folder / "run.json").read_text())
+    teacher = {"step": card["step"], "config": card["config"]}
+    for name, value in whole.items():
+        _, part, key = name.split(".", 2)
+        teacher.setdefault(part, {})[key] = value
+    aside = path.with_suffix(".part")
+    try:
+        write_file(aside, lambda file: torch.save(teacher, file))
+    except (OSError, RuntimeError):
+        aside.unlink(missing_ok=True)
+        raise
+    os.replace(aside, path)
+
+
+def write_file(path, writer):
+    """A file that is on the disk when this returns."""
+    with open(path, "wb") as file:
+        writer(file)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def discard(folder):
+    """Remove a checkpoint; its name goes first, so that half a checkpoint never looks whole."""
+    if folder.exists():
+        shutil.rmtree(folder.rename(folder.with_suffix(".old.part")))
+
+
+def gathered(value, group):
+    """The values of all ranks, in their order."""
+    if group is None:
+        return [value]
+    values = [None] * dist.get_world_size(group)
+    dist.all_gather_object(values, value, group=group)
+    return values
+
+
+def checksum(path):
+    """[bytes, CRC-32] of a file."""
+    crc = 0
+    with open(path, "rb") as file:
+        while chunk := file.read(2**22):
+            crc = zlib.crc32(chunk, crc)
+    return [path.stat().st_size, crc]
+
+
+def reason(error):
+    """The cause of an exception in one line, whichever rank it comes from."""
+    if isinstance(error, dcp.api.CheckpointException):
+        error = next(iter(error.failures.values()))[0]
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
+
+
+# ---- reading -------------------------------------------------------------------------------------
+
+
+class Damaged(UserError):
+    """A checkpoint that is not what was written; the one before it may serve."""
+
+
+def verified(folder, group):
+    """What run.json says, once all files have the checksums it names; the same on every rank."""
+    rank, world = ranks()
+    try:
+        card = json.loads((folder / "run.json").read_text())
+        wrong = [name for name in sorted(card["files"])[rank::world]
+                 if checksum(folder / name) != card["files"][name]]  # fmt: skip
+        problem = f"checksum of {wrong[0]}" if wrong else ""
+    # A damaged run.json is anything: no json, no dictionary, other keys, other bytes.
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        card, problem = None, reason(error)
+    problems = [text for text in gathered(problem, group) if text]
+    if problems:
+        raise Damaged(f"{folder}: damaged ({problems[0]})")
+    return card
 
 
 def read(path):
@@ -102,24 +250,7 @@ def read(path):
         raise
     # A damaged archive raises anything, from BadZipFile to UnpicklingError and RuntimeError.
     except Exception as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{path}: cannot be read ({reason})") from None
-
-
-def load_latest(run, warn=print):
-    """The newest readable state of a run, or None if there is none; names files passed over.
-
-    Raises UserError if there are checkpoints and none can be read.
-    """
-    files = checkpoints(run)
-    for path in reversed(files):
-        try:
-            return read(path)
-        except UserError as error:
-            warn(f"warning: {error}; trying the checkpoint before it")
-    if files:
-        raise UserError(f"{run}: no checkpoint can be read; delete the folder or use another out=")
-    return None
+        raise UserError(f"{path}: cannot be read ({reason(error)})") from None
 
 
 # What may differ between a run and its continuation: where and how, not what is computed.
@@ -137,8 +268,8 @@ FREE = (
 )
 
 
-def check_same(state, cfg, run):
-    """Raise UserError naming the first key in which a checkpoint and the config differ."""
+def check_same(before, cfg):
+    """Raise UserError naming the first key in which the config of a checkpoint differs from cfg."""
 
     def flat(tree, prefix=""):
         for key, value in tree.items():
@@ -147,10 +278,10 @@ def check_same(state, cfg, run):
             else:
                 yield prefix + key, list(value) if isinstance(value, tuple) else value
 
-    before, now = dict(flat(state["config"])), dict(flat(to_dict(cfg)))
+    before, now = dict(flat(before)), dict(flat(to_dict(cfg)))
     for key in now:
         if not key.startswith(FREE) and before.get(key) != now[key]:
             raise UserError(
-                f"{run} was started with {key}={before.get(key)}, now it is {now[key]}: "
+                f"{cfg.out} was started with {key}={before.get(key)}, now it is {now[key]}: "
                 f"use another out= for a new run, or {key}={before.get(key)} to continue this one"
             )

@@ -20,26 +20,37 @@ from tqdm import tqdm
 import config
 import data
 from config import UserError
-from parallel import DTYPES, pick_device
+from parallel import DTYPES, gather_from_ranks, pick_device, ranks
 from vit import load_backbone
 
 NEIGHBOURS = (10, 20, 100, 200)
 TEMPERATURE = 0.07
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def extract_features(backbone, source, cfg, device, what="features"):
-    """L2-normalised [CLS] of every image of a source, (N, D) fp32, and labels (N,), on device."""
+    """L2-normalised [CLS] of every image of a source, (N, D) fp32, and labels (N,), on device.
+
+    Each rank works on its share of the images; all of them get all features.
+    """
+    # no_grad, not inference_mode: sharded weights are gathered into tensors that training uses too.
     features, labels = [], []
-    batches = data.evaluation_batches(source, cfg, device=device)
-    total = len(source)
-    with tqdm(total=total, desc=what, unit=" images", leave=False, disable=None) as bar:
+    rank, world = ranks()
+    batches = data.evaluation_batches(source, cfg, device=device, rank=rank, world=world)
+    show = None if rank == 0 else True  # None: if this is a terminal
+    with tqdm(total=len(source), desc=what, unit=" images", leave=False, disable=show) as bar:
         for image_BCHW, label_B in batches:
             cls_BD = backbone(image_BCHW.to(DTYPES[cfg.precision]))
             features.append(F.normalize(cls_BD.float(), dim=1))
-            labels.append(label_B)
-            bar.update(len(label_B))
-    return torch.cat(features), torch.cat(labels).to(device)
+            labels.append(label_B.to(device))
+            bar.update(len(label_B) * world)
+    return in_order(torch.cat(features), len(source)), in_order(torch.cat(labels), len(source))
+
+
+def in_order(own, total):
+    """The rows of all ranks, each of which has every `world`-th, as the source has them."""
+    rows, _ = gather_from_ranks(own)
+    return rows.unflatten(0, (ranks()[1], -1)).transpose(0, 1).flatten(0, 1)[:total]
 
 
 class RawPixels(torch.nn.Module):

@@ -2,20 +2,28 @@
 
 The model and the loop are written for one process. Each collective here is the identity for one
 process, so code above it has no `if`; wrapping happens from outside, in one commented order.
+
+Numbers do not depend on the ranks: every rank has B of the G images of a step, takes means over its
+own B, and gradients are averaged, which is the mean over G. Sinkhorn, centres and (on request)
+KoLeo look beyond the rank by themselves. Two things do change: KoLeo per rank (the default, as
+official) seeks neighbours among B images, and stochastic depth is drawn for each rank.
+
+COLLECTIVE_TIMEOUT (environment, seconds, 600) is how long ranks wait for each other.
 """
 
 import contextlib
 import os
+import warnings
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.nn.functional import all_gather
+from torch.distributed._functional_collectives import all_gather_single
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from attention import check_backend
-from config import UserError
+from config import RankError, UserError
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -42,12 +50,17 @@ def max_over_ranks(x):
     return x
 
 
+def whole(x):
+    """A tensor that may be sharded, in one piece; all ranks call it."""
+    return x.full_tensor() if isinstance(x, DTensor) else x
+
+
 def gather_from_ranks(x_BD):
     """Rows of all processes (G, D) with gradient, and where this process' own rows begin."""
     rank, world = ranks()
     if world == 1:
         return x_BD, 0
-    return torch.cat(all_gather(x_BD)), rank * len(x_BD)
+    return all_gather_single(x_BD, 0, dist.group.WORLD), rank * len(x_BD)
 
 
 # ---- start ---------------------------------------------------------------------------------------
@@ -62,44 +75,65 @@ def pick_device(name):
         raise UserError("device=cuda, but PyTorch sees no CUDA device: use device=cpu or auto")
     if name == "mps" and not torch.backends.mps.is_available():
         raise UserError("device=mps, but PyTorch sees no Apple GPU: use device=cpu or auto")
-    return torch.device(name, int(os.environ.get("LOCAL_RANK", 0)) if name == "cuda" else None)
+    index = int(os.environ.get("LOCAL_RANK", 0)) if name == "cuda" else None
+    if name == "cuda" and index >= torch.cuda.device_count():
+        raise UserError(
+            f"process {index} of this machine has no GPU, there are {torch.cuda.device_count()}: "
+            f"use torchrun --nproc_per_node={torch.cuda.device_count()}"
+        )
+    return torch.device(name, index)
+
+
+def check_launch(cfg, device, world):
+    """Raise UserError when launch line, machine and config do not fit together."""
+    if world > 1 and cfg.parallel == "none":
+        raise UserError(f"{world} processes with parallel=none: use parallel=ddp or parallel=fsdp")
+    if cfg.parallel != "none" and "RANK" not in os.environ:
+        raise UserError(
+            f"parallel={cfg.parallel} needs a launcher: torchrun train.py ... instead of python"
+        )
+    if cfg.precision == "fp16" and device.type != "cuda":
+        raise UserError(
+            f"precision=fp16 needs a CUDA device, this is {device.type}: use bf16 or fp32"
+        )
+    check_backend(cfg.attention, device, DTYPES[cfg.precision])
+    parts = world * cfg.accumulate
+    if cfg.batch % parts:
+        raise UserError(
+            f"batch={cfg.batch} does not divide into {world} processes x {cfg.accumulate} "
+            f"micro-batches: use batch={max(cfg.batch // parts, 1) * parts}"
+        )
 
 
 @contextlib.contextmanager
 def process_group(cfg):
     """Join the processes that torchrun started, and yield (device, rank, world).
 
-    Raises UserError when launch line and config do not fit together.
+    Raises UserError when launch line and config do not fit together, RankError when another
+    process died or does not answer.
     """
-    world = int(os.environ.get("WORLD_SIZE", 1))
-    device = pick_device(cfg.device)
-    if world > 1 and cfg.parallel == "none":
-        raise UserError(f"{world} processes with parallel=none: use parallel=ddp or parallel=fsdp")
-    if cfg.parallel != "none" and "RANK" not in os.environ:
-        raise UserError(f"parallel={cfg.parallel} needs a launcher: torchrun train.py ...")
-    if cfg.precision == "fp16" and device.type != "cuda":
-        raise UserError(
-            f"precision=fp16 needs a CUDA device, this is {device.type}: use bf16 or fp32"
-        )
-    check_backend(cfg.attention, device, DTYPES[cfg.precision])
-    if cfg.batch % (world * cfg.accumulate):
-        raise UserError(
-            f"batch={cfg.batch} does not divide into {world} processes x {cfg.accumulate} "
-            f"micro-batches: use a multiple of {world * cfg.accumulate}"
-        )
+    world, device = int(os.environ.get("WORLD_SIZE", 1)), pick_device(cfg.device)
+    check_launch(cfg, device, world)
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")  # TF32 where fp32 is asked, as official
-    if cfg.parallel != "none":
-        backend = "nccl" if device.type == "cuda" else "gloo"
-        # Ranks wait for each other at most this long; then the hung collective is named and the
-        # job ends, instead of burning GPUs in silence.
-        dist.init_process_group(backend, timeout=timedelta(minutes=10))
+    seconds = float(os.environ.get("COLLECTIVE_TIMEOUT", 600))
     try:
+        if cfg.parallel != "none":
+            backend = "nccl" if device.type == "cuda" else "gloo"
+            dist.init_process_group(backend, timeout=timedelta(seconds=seconds))
         yield device, *ranks()
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    except RuntimeError as error:  # of which gloo's have no class of their own
+        if not isinstance(error, dist.DistError) and "gloo" not in str(error):
+            raise
+        raise RankError(
+            f"rank {os.environ['RANK']} of {world}: another process died or did not answer within "
+            f"{seconds:g} s ({str(error).splitlines()[0]}); with torchrun --max-restarts=3 the run "
+            "continues from its last checkpoint by itself"
+        ) from None
+    # After an exception the process ends anyhow, and a thread may still be writing a checkpoint.
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 # ---- wrapping ------------------------------------------------------------------------------------
@@ -161,6 +195,8 @@ def shard(network, cfg, train):
     """FSDP2: each rank stores 1/world of every parameter, and gathers one block at a time."""
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
+    # What the backbone returns are views; nobody writes into them, which is what it warns of.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module")
     # fp32 shards are the master weights; what is gathered and computed is cfg.precision, and
     # gradients are summed in fp32. (The official code sums those of the backbone in fp16.)
     precision = MixedPrecisionPolicy(
@@ -171,9 +207,9 @@ def shard(network, cfg, train):
     options = {"mp_policy": precision, "reshard_after_forward": not train}
     for block in network.backbone.blocks:
         fully_shard(block, **options)
+    # Backbone and heads are roots of their own, so that a backbone can be called alone (k-NN).
     for part in network.children():
         fully_shard(part, **options)
-    fully_shard(network, **options)
 
 
 @torch.no_grad()
@@ -205,7 +241,7 @@ def replicate(network, cfg):
     if cfg.parallel != "ddp":
         return network
     return nn.parallel.DistributedDataParallel(
-        network, broadcast_buffers=False, gradient_as_bucket_view=True
+        network, forward_sync_buffers=False, gradient_as_bucket_view=True
     )
 
 
@@ -213,6 +249,7 @@ def synchronized(model, now):
     """Context for a micro-batch: whether the ranks average their gradients in its backward pass."""
     if isinstance(model, nn.parallel.DistributedDataParallel) and not now:
         return model.no_sync()
-    if hasattr(model, "set_requires_gradient_sync"):  # FSDP2
-        model.set_requires_gradient_sync(now)
+    for part in model.children():
+        if hasattr(part, "set_requires_gradient_sync"):  # FSDP2
+            part.set_requires_gradient_sync(now)
     return contextlib.nullcontext()

@@ -4,10 +4,14 @@ Only rank 0 prints and writes. Losses stay on the device between reports, so tha
 waits for a number that nobody reads.
 """
 
+import contextlib
 import json
 import math
+import os
 import platform
+import shutil
 import sys
+import textwrap
 import time
 from pathlib import Path
 
@@ -19,47 +23,49 @@ import dinov2
 import eval_knn
 import visualize
 from augment import colour
-from config import UserError, dump
+from config import UserError, dump, to_dict
 from optim import scaled_lr
 from parallel import materialize, sum_over_ranks
 from vit import load_backbone
 
 K_REPORTED = 20  # the `knn` of log and summary; the other k are in the summary
+TERMS = ("dino_global", "dino_local", "ibot", "koleo")
+FLOORS = {"knn_random": "untrained network", "knn_pixels": "raw pixels"}  # of the k-NN accuracy
 
 
 class Reporter:
     """Follows a run from its first to its last step."""
 
-    def __init__(self, cfg, source, student, device, rank, world, start):
+    def __init__(self, cfg, source, held_out, student, device, rank, world, start):
         self.cfg, self.device, self.rank, self.world = cfg, device, rank, world
         self.out, self.images = Path(cfg.out), len(source)
         self.bad, self.warned, self.writers = set(), set(), []
         self.waited, self.last = 0.0, (start, time.time())
-        self.seconds_before = 0.0
+        self.seconds_before, self.floors = 0.0, {}
         if rank == 0:
             self.open_folder(start)
-            print(start_card(cfg, source, student, device, world, start), flush=True)
+            print(start_card(cfg, source, held_out, student, device, world, start), flush=True)
             if cfg.log.pictures and start == 0:
                 draw_crops(source, cfg, self.out / "crops.png")
-        live = rank == 0 and sys.stderr.isatty()
-        self.bar = tqdm(
-            total=cfg.steps, initial=start, unit="step", disable=not live, smoothing=0.05
-        )
+        self.live = Live(cfg.steps, start, rank == 0 and sys.stderr.isatty())
 
     def open_folder(self, start):
         """Make the run folder; a log that is ahead of the checkpoint goes back to it."""
+        path, lines = self.out / "log.jsonl", []
+        with contextlib.suppress(UserError):  # no log yet, or a kill before its first line was out
+            lines = [line for line in visualize.read_log(path) if belongs_before(line, start)]
+        for line in lines:
+            self.seconds_before = max(self.seconds_before, line.get("seconds", 0.0))
+            self.bad |= {line["skipped"]} if "skipped" in line else set()
+            self.floors |= {name: line[name] for name in FLOORS if name in line}
         try:
             self.out.mkdir(parents=True, exist_ok=True)
             dump(self.cfg, self.out / "config.yaml")
-            path = self.out / "log.jsonl"
-            lines = visualize.read_log(path) if path.exists() else []
-            lines = [line for line in lines if line["step"] < start or line["step"] == start > 0]
-            self.seconds_before = max((line.get("seconds", 0.0) for line in lines), default=0.0)
-            path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+            replace_text(path, "".join(json.dumps(line) + "\n" for line in lines))
             self.log = path.open("a", buffering=1)  # line by line: a kill loses at most one
         except OSError as error:
-            raise UserError(f"out={self.cfg.out}: cannot be written ({error.strerror})") from None
-        self.writers = open_writers(self.cfg)
+            raise cannot_write(f"out={self.cfg.out}", error) from None
+        self.writers = open_writers(self.cfg, start)
         self.began = time.time()
 
     # ---- events of the loop ----
@@ -100,25 +106,29 @@ class Reporter:
     def evaluation(self, step, result):
         """A k-NN evaluation of the teacher before `step`."""
         if self.rank == 0 and result:
-            line = {
-                "step": step,
-                "images": step * self.cfg.batch,
-                **result,
-                "seconds": self.seconds(),
-            }
-            self.write(line)
-            text = "   ".join(f"{name} {value:.1f} %" for name, value in result.items())
-            self.say(f"step {step}: {text}")
+            self.floors |= {name: result[name] for name in FLOORS if name in result}
+            line = {"step": step, "images": step * self.cfg.batch, **result}
+            self.write(line | {"seconds": self.seconds()})
+            self.say(f"step {step}: k-NN {result['knn']:.1f} % of held-out images{self.to_beat()}")
         self.last, self.waited = (step, time.time()), 0.0  # not the loop's time
 
-    def skipped(self, names):
+    def to_beat(self):
+        """What needs no training, for comparison with a k-NN figure."""
+        known = [
+            f"{text} {self.floors[key]:.1f} %"
+            for key, text in FLOORS.items()
+            if self.floors.get(key) is not None
+        ]
+        return f" ({', '.join(known)})" if known else ""
+
+    def skipped(self, step, names):
         """Damaged images that a batch had to replace; too many of them stop the run."""
-        new = [name for name in names if name not in self.bad]
-        self.bad.update(new)
-        for name in new:
-            if self.rank == 0:
-                self.say(f"warning: damaged image skipped ({len(self.bad)} so far): {name}")
-                self.write({"step": self.last[0], "skipped": name})
+        for name in names:
+            if name not in self.bad:
+                self.bad.add(name)
+                if self.rank == 0:
+                    self.say(f"warning: damaged image skipped ({len(self.bad)} so far): {name}")
+                    self.write({"step": step, "skipped": name})
         if len(self.bad) > 0.01 * self.images:
             raise UserError(
                 f"{len(self.bad)} of {self.images} images are damaged, more than 1 %: "
@@ -127,7 +137,7 @@ class Reporter:
 
     def close(self, message):
         """Last words."""
-        self.bar.close()
+        self.live.close()
         for writer in self.writers:
             writer.close()
         if self.rank == 0:
@@ -144,9 +154,7 @@ class Reporter:
         try:
             self.log.write(json.dumps(line) + "\n")
         except OSError as error:
-            raise UserError(
-                f"{self.out / 'log.jsonl'}: cannot be written ({error.strerror})"
-            ) from None
+            raise cannot_write(self.out / "log.jsonl", error) from None
         for writer in self.writers:
             writer.add(line)
 
@@ -156,24 +164,20 @@ class Reporter:
         sys.stdout.flush()
 
     def show(self, line):
-        """The live line; without a terminal, a line of text every `log.every` steps."""
-        terms = " ".join(
-            f"{k} {line[k]:.3f}"
-            for k in ("dino_global", "dino_local", "ibot", "koleo")
-            if k in line
-        )
-        text = (
-            f"{line['images']:,} images  loss {line['loss']:.3f} ({terms})  "
-            f"{line['images_per_second']:.0f} img/s  data wait {line['data_wait']:.0%}  "
-            f"{line['memory_gb']:.1f} GB  lr {line['lr']:.1e}"
-        )
-        done = line["step"]
-        if self.bar.disable:
-            left = (self.cfg.steps - done) * self.cfg.batch / line["images_per_second"]
-            self.say(f"step {done}/{self.cfg.steps}  {text}  ETA {tqdm.format_interval(left)}")
+        """The rows at the foot of a terminal; elsewhere one line of text."""
+        done, rate = line["step"], line["images_per_second"]
+        eta = tqdm.format_interval((self.cfg.steps - done) * self.cfg.batch / rate)
+        terms = [f"{k} {line[k]:.3f}" for k in TERMS if k in line]
+        rows = [
+            f"{line['images']:,} images  {rate:,.0f} images/s  ETA {eta}",
+            f"loss {line['loss']:.3f} = {' + '.join(terms)}",
+            f"lr {line['lr']:.1e}  data wait {line['data_wait']:.0%}  "
+            f"memory {line['memory_gb']:.1f} GB",
+        ]
+        if self.live.rows:
+            self.live.show(done, rows)
         else:
-            self.bar.set_postfix_str(text, refresh=False)
-            self.bar.update(done - self.bar.n)
+            self.say(f"step {done:,}/{self.cfg.steps:,}  " + "  ".join(rows))
 
     def warn_of_collapse(self, line):
         """Say so once, in plain words, when the signs of health point to a collapse."""
@@ -187,9 +191,9 @@ class Reporter:
                 "raise loss.koleo or lower optim.lr",
             ),
             (
-                line["prototypes_used"] < 0.01,
-                "the teacher puts every image on the same few prototypes (share used "
-                "{prototypes_used:.4f}): use loss.centering=sinkhorn",
+                line["prototypes_used"] < 2 / self.cfg.head.prototypes,
+                "the teacher puts every image on one or two prototypes (share used "
+                "{prototypes_used:.5f}): use loss.centering=sinkhorn",
             ),
             (
                 line["teacher_entropy"] > uniform,
@@ -203,10 +207,53 @@ class Reporter:
                 self.say("warning: collapse? " + text.format(**line))
 
 
+class Live:
+    """The foot of a terminal: a row for the progress, one for the losses, one for the rest.
+
+    One row for all of it would be 150 columns wide, and cut off where windows have 80.
+    """
+
+    def __init__(self, steps, start, visible):
+        self.rows = []
+        if visible:
+            bar = "step {n:,}/{total:,} |{bar}| {desc}"
+            self.rows = [tqdm(total=steps, initial=start, bar_format=bar, desc="first step")]
+            self.rows += [tqdm(bar_format="{desc}") for _ in range(2)]
+
+    def show(self, done, texts):
+        self.rows[0].n = done
+        for row, text in zip(self.rows, texts, strict=True):
+            row.set_description_str(text)
+
+    def close(self):
+        for row in self.rows:
+            row.close()
+
+
+def belongs_before(line, start):
+    """Whether a line of the log was written by the steps before `start`, which are not repeated.
+
+    k-NN evaluations and damaged images carry the number of the step that follows them.
+    """
+    return line["step"] < start or (line["step"] == start and "loss" in line)
+
+
+def replace_text(path, text):
+    """Write a text file whole or not at all."""
+    aside = path.with_suffix(".part")
+    aside.write_text(text, encoding="utf-8")
+    os.replace(aside, path)
+
+
+def cannot_write(what, error):
+    """The UserError for an OSError: a full disk, a missing permission."""
+    return UserError(f"{what}: cannot be written ({error.strerror}); set out= to another place")
+
+
 # ---- at the start --------------------------------------------------------------------------------
 
 
-def start_card(cfg, source, student, device, world, start):
+def start_card(cfg, source, held_out, student, device, world, start):
     """Everything one asks before a long run, on one screen."""
     parts = {
         name: sum(p.numel() for p in part.parameters()) for name, part in student.named_children()
@@ -214,10 +261,15 @@ def start_card(cfg, source, student, device, world, start):
     lr = scaled_lr(cfg.optim.lr, cfg.batch)
     values = dinov2.start_values(cfg)
     labels = f", {len(source.classes)} classes" if source.classes else ", no labels"
+    knn = "none, for want of labelled held-out images (data.val)"
+    if held_out:
+        knn = f"of {len(held_out[1]):,} held-out images among {len(held_out[0]):,} labelled ones"
     rows = {
-        "device": f"{device} ({device_name(device)}), {cfg.precision}, {world} process(es), "
-        f"parallel={cfg.parallel}, attention={cfg.attention}",
+        "device": f"{device} ({device_name(device)}), {cfg.precision}, "
+        f"{world} process{'es' if world > 1 else ''}, parallel={cfg.parallel}, "
+        f"attention={cfg.attention}",
         "images": f"{len(source):,} from {cfg.data.root}{labels}",
+        "k-NN": knn,
         "network": f"{cfg.vit.size}/{cfg.vit.patch}: "
         + ", ".join(f"{name} {count / 1e6:.2f} M" for name, count in parts.items())
         + " parameters",
@@ -232,8 +284,12 @@ def start_card(cfg, source, student, device, world, start):
     }
     if cfg.data.channels != 3:
         rows["note"] = f"{cfg.data.channels} channels: colour changes need RGB and are left out"
-    title = "continues" if start else "starts"
-    return f"nanoDINOv2 {title}\n" + "\n".join(f"  {name:<9}{text}" for name, text in rows.items())
+    title = f"nanoDINOv2 continues after step {start:,}" if start else "nanoDINOv2 starts"
+    width = max(shutil.get_terminal_size((100, 24)).columns, 60)
+    layout = textwrap.TextWrapper(
+        width, subsequent_indent=" " * 11, break_long_words=False, break_on_hyphens=False
+    )
+    return "\n".join([title] + [layout.fill(f"  {k:<9}{text}") for k, text in rows.items()])
 
 
 def device_name(device):
@@ -255,22 +311,25 @@ def memory(device):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
 
-def open_writers(cfg):
+def open_writers(cfg, start):
     """TensorBoard and Weights & Biases, where asked for. Raises UserError if not installed."""
     writers = []
     if cfg.log.tensorboard:
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
-            raise UserError("log.tensorboard=true: pip install tensorboard") from None
-        writers.append(TensorBoard(SummaryWriter(cfg.out)))
+            raise UserError(
+                "log.tensorboard=true needs a package: pip install tensorboard"
+            ) from None
+        # What an interrupted run wrote after its last checkpoint is done again: purged.
+        writers.append(TensorBoard(SummaryWriter(cfg.out, purge_step=start + 1 if start else None)))
     if cfg.log.wandb:
         try:
             import wandb
         except ImportError:
-            raise UserError("log.wandb: pip install wandb") from None
-        from config import to_dict
-
+            raise UserError(
+                f"log.wandb={cfg.log.wandb} needs a package: pip install wandb"
+            ) from None
         writers.append(WandB(wandb.init(project=cfg.log.wandb, dir=cfg.out, config=to_dict(cfg))))
     return writers
 
@@ -313,63 +372,78 @@ def evaluate(backbone, held_out, cfg, device, floors=False):
     """
     if held_out is None:
         return {}
-    scores = eval_knn.evaluate(backbone, held_out, cfg, device)
-    result = {"knn": scores.get(f"knn_{K_REPORTED}", next(iter(scores.values())))}
+    result = {"knn": headline(eval_knn.evaluate(backbone, held_out, cfg, device))}
     if floors:
         pixels = eval_knn.evaluate(eval_knn.RawPixels(), held_out, cfg, device)
-        result["knn_random"] = result["knn"]
-        result["knn_pixels"] = pixels.get(f"knn_{K_REPORTED}", next(iter(pixels.values())))
+        result |= {"knn_random": result["knn"], "knn_pixels": headline(pixels)}
     return result
 
 
+def headline(scores):
+    """The one figure to report of many k: of 20, or of what so few training images allow."""
+    return scores.get(f"knn_{K_REPORTED}", next(iter(scores.values()), None))
+
+
 def final_report(report, backbone, source, held_out, cfg, device):
-    """After the last step: k-NN with every k, summary.json, and the pictures of the run."""
+    """After the last step: k-NN with every k, the pictures of the run, and summary.json."""
     scores = eval_knn.evaluate(backbone, held_out, cfg, device) if held_out else {}
     if report.rank:
         return
-    knn = scores.get(f"knn_{K_REPORTED}")
-    seconds = report.seconds()
+    knn, seconds = headline(scores), report.seconds()
     report.evaluation(cfg.steps, {"knn": knn} if held_out else {})
-    lines = visualize.read_log(report.out / "log.jsonl")
-    first = next((line for line in lines if "knn_random" in line), {})
     summary = {
         "knn": knn,
-        "knn_random": first.get("knn_random"),
-        "knn_pixels": first.get("knn_pixels"),
+        "knn_random": report.floors.get("knn_random"),
+        "knn_pixels": report.floors.get("knn_pixels"),
         "images": cfg.steps * cfg.batch,
         "seconds": seconds,
         "steps": cfg.steps,
-        "skipped_images": sum("skipped" in line for line in lines),
+        "skipped_images": len(report.bad),
         **scores,
         "device": f"{device} ({device_name(device)})",
         "torch": torch.__version__,
     }
-    (report.out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
     if cfg.log.pictures:
         visualize.curves(report.out)
         draw_pca(held_out[1] if held_out else source, cfg, report.out / "pca.png")
+    try:  # last: a run folder with a summary is complete
+        replace_text(report.out / "summary.json", json.dumps(summary, indent=1) + "\n")
+    except OSError as error:
+        raise cannot_write(report.out / "summary.json", error) from None
     text = f"done: {summary['images']:,} images in {seconds:.0f} s"
     if held_out:
-        text += (
-            f"; k-NN {knn:.1f} % (random network {summary['knn_random']:.1f} %, "
-            f"raw pixels {summary['knn_pixels']:.1f} %)"
+        text += f"; k-NN {knn:.1f} %{report.to_beat()}"
+    pictures = "curves.png, crops.png, pca.png, " if cfg.log.pictures else ""
+    report.close(f"{text}\nsee {report.out}/: {pictures}summary.json, log.jsonl, teacher.pt")
+
+
+def finished(cfg):
+    """What to say of a run that is complete already, or "" for one that is not."""
+    path = Path(cfg.out, "summary.json")
+    with contextlib.suppress(OSError, ValueError):
+        summary = json.loads(path.read_text(encoding="utf-8"))
+        knn = f", k-NN {summary['knn']:.1f} %" if summary["knn"] is not None else ""
+        return (
+            f"{cfg.out} is finished ({summary['steps']:,} steps{knn}): nothing to do; "
+            "set out= for a new run"
         )
-    report.close(
-        f"{text}\nsee {report.out}/: summary.json, curves.png, crops.png, pca.png, teacher.pt"
-    )
+    return ""
 
 
-def draw_crops(source, cfg, path, count=4):
+def draw_crops(source, cfg, path):
     """The first images of the run, as the network will see them."""
+    count = max(n for n in (1, 2, 3, 4) if cfg.batch % n == 0)
     dataset = data.Dataset(source, cfg)
-    batch = data.collate([dataset[position] for position in range(cfg.batch)], cfg)
-    order = [dataset.order[position] for position in range(min(count, cfg.batch))]
-    images = [data.read_or_next(source, index)[0] for index in order]
+    # As if every process had `count` images: the masks are those of the step, without its images.
+    samples = [dataset[position] for position in range(count)]
+    batch = data.collate(samples, cfg, rank=0, world=cfg.batch // count)
+    images = [data.read_or_next(source, dataset.order[i])[0] for i in range(count)]
     mean, std = cfg.data.mean, cfg.data.std
-    large = colour(batch.global_crops, batch.global_colour, mean, std).unflatten(0, (2, -1))
-    small = colour(batch.local_crops, batch.local_colour, mean, std).unflatten(0, (-1, cfg.batch))
-    masks = batch.masks.unflatten(0, (2, -1))
-    rows = [[x[:, i] for i in range(len(images))] for x in (large, small, masks)]
+    large = colour(batch.global_crops, batch.global_colour, mean, std).unflatten(0, (2, count))
+    small = colour(batch.local_crops, batch.local_colour, mean, std)
+    small = small.unflatten(0, (cfg.crops.local_count, count))
+    masks = batch.masks.unflatten(0, (2, count))
+    rows = [[x[:, i] for i in range(count)] for x in (large, small, masks)]
     visualize.crop_sheet(images, *rows, mean, std, path)
 
 
@@ -378,7 +452,7 @@ def draw_pca(source, cfg, path, count=8):
     with torch.device("meta"):
         untrained = dinov2.build_network(cfg, student=False)
     materialize(untrained, "cpu", cfg.seed)
-    networks = {"random network": untrained.backbone.eval(), "trained": load_backbone(cfg.out)}
+    networks = {"untrained network": untrained.backbone.eval(), "trained": load_backbone(cfg.out)}
     count = min(count, len(source))
     images = [data.read_or_next(source, i * len(source) // count)[0] for i in range(count)]
     columns = [

@@ -14,16 +14,17 @@ The method is in dinov2.py, its numbers are in config.yaml; `python train.py --h
     RUN/*.png          loss and k-NN over time, crops and masks, PCA colours before and after
 """
 
+import os
 import random
 import signal
 import sys
 
 import torch
 
-import checkpoint
 import config
 import data
 from augment import colour
+from checkpoint import Checkpoints
 from dinov2 import build_centers, build_network, ema_update, objective
 from optim import clip_each_part, param_groups, schedules, set_schedule
 from parallel import (
@@ -33,9 +34,10 @@ from parallel import (
     process_group,
     replicate,
     synchronized,
+    whole,
     wrap,
 )
-from report import Reporter, evaluate, final_report
+from report import Reporter, evaluate, final_report, finished
 
 
 def build(cfg, device):
@@ -92,6 +94,8 @@ def main(argv):
 
 
 def train(cfg, device, rank, world):
+    watch = Watch(device, rank)
+
     # ---- data, networks, optimiser ----
     source = data.open_source(cfg.data.root, cfg, "train")
     held_out = data.evaluation_images(cfg)
@@ -100,12 +104,11 @@ def train(cfg, device, rank, world):
     scaler = torch.amp.GradScaler(device.type, enabled=cfg.precision == "fp16")
 
     # ---- continue an interrupted run ----
-    start, state = 0, checkpoint.load_latest(cfg.out)
-    if state is not None:
-        checkpoint.check_same(state, cfg, cfg.out)
-        start = checkpoint.restore(state, student, teacher, centers, optimizer)
-    report = Reporter(cfg, source, student, device, rank, world, start)
-    watch = Watch(device)
+    saved = Checkpoints(cfg, student, teacher, centers, optimizer, scaler)
+    start = saved.load()
+    if start == cfg.steps and (words := finished(cfg)):
+        return print(words) if rank == 0 else None
+    report = Reporter(cfg, source, held_out, student, device, rank, world, start)
 
     # ---- the loop: every number is a function of the step, so there is nothing else to resume ----
     batches = report.waiting(data.loader(cfg, source, start, rank, world))
@@ -113,7 +116,7 @@ def train(cfg, device, rank, world):
         if step == 0 or (cfg.log.knn_every and step % cfg.log.knn_every == 0):
             scores = evaluate(teacher.backbone, held_out, cfg, device, floors=step == 0)
             report.evaluation(step, scores)
-        report.skipped(batch.skipped)
+        report.skipped(step, batch.skipped)
         now = schedules(step, cfg)
         set_schedule(optimizer, now)
         rng = seeded(f"{cfg.seed} drop path {step} {rank}")
@@ -125,23 +128,26 @@ def train(cfg, device, rank, world):
         )
         scaler.unscale_(optimizer)
         norms = clip_each_part(student, cfg.optim.clip)
-        watch.guard(optimizer, log, scaler)  # a loss that is not finite changes no weight
+        norms = {f"grad_{name}": whole(norm) for name, norm in norms.items()}
+        watch.guard(step + 1, optimizer, log, norms, scaler)  # what is not finite changes no weight
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
         ema_update(teacher, student, now.momentum)
 
         if reporting:
-            report.step(step + 1, log | {f"grad_{name}": v for name, v in norms.items()}, now)
+            saved.check()
+            report.step(step + 1, log | norms, now)
         asked_to_stop = watch.check()
         if (step + 1) % cfg.log.save_every == 0 or step + 1 == cfg.steps or asked_to_stop:
-            state = checkpoint.state_of(step + 1, cfg, student, teacher, centers, optimizer)
-            if rank == 0:
-                checkpoint.save(cfg.out, state)
-        if asked_to_stop and step + 1 < cfg.steps:
+            asked_to_stop = watch.settle()  # a step that was not finite spoils the centres: no save
+            saved.save(step + 1)  # in the background
+        if asked_to_stop:
+            saved.wait()
             report.close(f"stopped after step {step + 1} and saved; the same command continues")
             sys.exit(128 + asked_to_stop)
-    watch.finish()
+    saved.wait()
+    watch.saved = True
     final_report(report, teacher.backbone, source, held_out, cfg, device)
 
 
@@ -151,49 +157,59 @@ def seeded(words):
 
 
 class Watch:
-    """Non-finite losses, SIGTERM and Ctrl-C: noticed by all ranks in the same step.
+    """Non-finite numbers, SIGTERM and Ctrl-C: noticed by all ranks in the same step.
 
-    Both are flags on the device, and they are read one step later, when the answer is there: the
+    All are flags on the device, and they are read one step later, when the answer is there: the
     loop never waits for the device because of them.
     """
 
-    def __init__(self, device):
-        self.device, self.signal, self.pending, self.answer = device, 0, None, None
+    def __init__(self, device, rank):
+        self.device, self.rank = device, rank
+        self.signal, self.saved, self.pending, self.answer = 0, False, None, None
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self.remember)
 
     def remember(self, number, frame):
         """Finish the step, save, leave. A second signal does not wait."""
-        if self.signal:
-            raise KeyboardInterrupt
+        leave = bool(self.signal) or self.saved
+        text = "leaving now; the same command continues from the last checkpoint"
+        if not leave:
+            text = "finishing this step, then saving (once more: leaving at once, without)"
+        if self.rank == 0:  # print() may not be called while it is at work, and it may be just now
+            os.write(2, f"\n{signal.Signals(number).name}: {text}\n".encode())
         self.signal = number
+        if leave:
+            sys.exit(128 + number)
 
-    def guard(self, optimizer, log, scaler):
-        """Make the optimiser skip this step, on the device, if the loss is not finite anywhere."""
-        bad = (~torch.isfinite(log["loss"])).float()
+    def guard(self, step, optimizer, log, norms, scaler):
+        """Make the optimiser skip this step, on the device, if it is not finite anywhere."""
+        numbers = [log["loss"]]
+        if not scaler.is_enabled():  # which skips a step itself, as fp16 gradients may overflow
+            numbers += norms.values()
+        bad = (~torch.isfinite(torch.stack(numbers))).any().float()
         flags = max_over_ranks(torch.stack((bad, bad.new_tensor(float(self.signal)))))
-        if not scaler.is_enabled():  # which looks for non-finite gradients itself
+        if not scaler.is_enabled():
             optimizer.found_inf = flags[0]
-        self.answer, self.pending = self.pending, (flags, log)
+        self.answer, self.pending = self.pending, (step, flags, log | norms)
 
     def check(self):
-        """The signal to stop for, or 0. Raises UserError naming the terms of a non-finite loss."""
+        """The signal to stop for, or 0. Raises UserError naming the terms that are not finite."""
         if self.answer is None:
             return 0
-        flags, log = self.answer
+        step, flags, log = self.answer
         bad, asked_to_stop = flags.tolist()
         if bad:
-            terms = ", ".join(f"{name}={value.item():.4g}" for name, value in log.items())
+            terms = [f"{k}={v.item():.4g}" for k, v in log.items() if not torch.isfinite(v)]
             raise config.UserError(
-                f"the loss is not finite ({terms}); the step was not taken and the last checkpoint "
-                "is kept: lower optim.lr, or use precision=fp32"
+                f"step {step} is not finite ({', '.join(terms) or 'on another process'}): it was "
+                "not taken and the last checkpoint is kept; lower optim.lr, or use precision=fp32"
             )
         return int(asked_to_stop)
 
-    def finish(self):
-        """Look at the last step too."""
+    def settle(self):
+        """The same of the step just taken; waits for it."""
         self.answer = self.pending
-        self.check()
+        return self.check()
 
 
 if __name__ == "__main__":

@@ -1,0 +1,221 @@
+"""report.py: what a run prints, logs, draws and sums up, whatever the images are.
+
+Run: pytest tests/test_report.py        (some ten seconds; helpers are in tests/running.py)
+"""
+
+import json
+import os
+import pty
+import re
+import subprocess
+import sys
+import termios
+
+import pytest
+import torch
+from PIL import Image
+from running import ROOT, log_of, make_photos, run, tiny
+
+import report
+from config import Config
+
+TERMS = ["dino_global", "dino_local", "ibot", "koleo"]
+HEALTH = ["teacher_entropy", "prototypes_used", "koleo_distance", "rankme"]
+SCHEDULE = ["lr", "last_layer_lr", "weight_decay", "momentum", "teacher_temp"]
+SPEED = ["images_per_second", "data_wait", "memory_gb", "seconds"]
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    return make_photos(tmp_path_factory.mktemp("photos"))
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, photos):
+    """(run folder, what it printed) of a run with pictures."""
+    folder = tmp_path_factory.mktemp("whole")
+    done = run(folder, tiny(folder / "run", photos, "log.pictures=true", "log.every=4"))
+    assert done.code == 0, done.err
+    assert done.err == ""
+    return folder / "run", done.out
+
+
+# ---- files --------------------------------------------------------------------------------------
+
+
+def test_each_line_of_the_log_has_all_numbers(whole):
+    steps = [line for line in log_of(whole[0]) if "loss" in line]
+    assert [line["step"] for line in steps] == [1, 4, 8, 12]
+    assert [line["images"] for line in steps] == [8, 32, 64, 96]
+    for line in steps:
+        assert {*TERMS, *HEALTH, *SCHEDULE, *SPEED, "grad_backbone"} <= line.keys()
+        assert line["loss"] == pytest.approx(sum(line[term] for term in TERMS), rel=1e-4)
+
+
+def test_knn_is_logged_where_it_is_evaluated(whole):
+    found = [(line["step"], sorted(line)) for line in log_of(whole[0]) if "knn" in line]
+    assert [step for step, _ in found] == [0, 5, 10, 12]
+    assert found[0][1] == ["images", "knn", "knn_pixels", "knn_random", "seconds", "step"]
+
+
+def test_the_summary_holds_what_the_run_has_reached(whole):
+    summary = json.loads((whole[0] / "summary.json").read_text())
+    evaluated = [line["knn"] for line in log_of(whole[0]) if "knn" in line]
+    assert summary["knn"] == evaluated[-1] and summary["knn_random"] == evaluated[0]
+    assert 0 <= summary["knn_pixels"] <= 100
+    assert summary["images"] == 96 and summary["seconds"] > 0 and summary["skipped_images"] == 0
+
+
+@pytest.mark.parametrize("name", ["curves.png", "crops.png", "pca.png"])
+def test_the_pictures_are_there(whole, name):
+    assert min(Image.open(whole[0] / name).size) > 100
+
+
+# ---- print --------------------------------------------------------------------------------------
+
+
+def test_the_card_says_what_one_asks_before_a_long_run(whole):
+    card = " ".join(whole[1].split())
+    for text in [
+        "cpu (", "fp32", "1 process", "30 from", "2 classes", "10 held-out", "nano/8", "backbone",
+        "dino_head", "8 images x (2 crops of 16 px + 2 of 8 px)", "0 to 12", "3.54e-04 at its peak",
+        "dino_global 1.155, dino_local 2.310, ibot 1.733", "ln K = 3.47", str(whole[0]),
+    ]:  # fmt: skip
+        assert text in card, text
+
+
+LINE = (
+    r"step 4/12  32 images  [\d,]+ images/s  ETA \d\d:\d\d  "
+    r"loss [\d.]+ = dino_global [\d.]+ \+ dino_local [\d.]+ \+ ibot [\d.]+ \+ koleo -?[\d.]+  "
+    r"lr [\de.-]+  data wait \d+%  memory [\d.]+ GB"
+)
+
+
+def test_without_a_terminal_progress_is_lines_of_text(whole):
+    assert len([line for line in whole[1].splitlines() if re.fullmatch(LINE, line)]) == 1
+    assert "\r" not in whole[1] and "\x1b" not in whole[1]
+
+
+def on_a_terminal(words, columns=80):
+    """What a program writes to a terminal of this width."""
+    main, side = pty.openpty()
+    termios.tcsetwinsize(side, (24, columns))
+    with subprocess.Popen(words, stdout=side, stderr=side) as program:
+        os.close(side)
+        written = b""
+        while part := read(main):
+            written += part
+    assert program.returncode == 0, written.decode()
+    return written.decode()
+
+
+def read(file):
+    try:
+        return os.read(file, 65536)
+    except OSError:  # how Linux says that the other side is closed
+        return b""
+
+
+def test_a_terminal_shows_everything_in_rows_of_its_width(tmp_path, photos):
+    words = tiny(tmp_path, photos, "log.knn_every=0", "data.val=")
+    text = on_a_terminal([sys.executable, ROOT / "train.py", *words])
+    rows = [row.strip() for row in re.split(r"[\r\n]|\x1b\[A", text)]
+    for row in [
+        r"step 8/12 \|.*\| 64 images  [\d,]+ images/s  ETA \d\d:\d\d",
+        r"loss [\d.]+ = dino_global [\d.]+ \+ dino_local [\d.]+ \+ ibot [\d.]+ \+ koleo -?[\d.]+",
+        r"lr [\de.-]+  data wait \d+%  memory [\d.]+ GB",
+    ]:
+        found = [each for each in rows if re.fullmatch(row, each)]
+        assert found and all(len(each) <= 80 for each in found), row
+
+
+# ---- images of every kind -----------------------------------------------------------------------
+
+
+def test_a_folder_without_labels_needs_no_knn(tmp_path, photos):
+    words = ["log.pictures=true", "steps=2", "crops.local_count=0"]
+    done = run(tmp_path, tiny(tmp_path / "run", photos / "val" / "dark", *words, "batch=4"))
+    assert done.code == 0, done.err
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["knn"] is None and summary["images"] == 8
+    assert (tmp_path / "run" / "pca.png").exists()
+
+
+def test_a_grey_folder_works_and_says_that_colours_stay(tmp_path):
+    make_photos(tmp_path / "grey", mode="L")
+    words = ["data.channels=1", "data.mean=[0.5]", "data.std=[0.25]", "log.pictures=true"]
+    done = run(tmp_path, tiny(tmp_path / "run", tmp_path / "grey", *words, "steps=2"))
+    assert done.code == 0, done.err
+    assert "colour changes need RGB and are left out" in done.out
+
+
+def test_fewer_labelled_images_than_k_still_give_a_figure(tmp_path, photos):
+    make_photos(tmp_path / "few", [("train", 8), ("val", 4)])
+    done = run(tmp_path, tiny(tmp_path / "run", tmp_path / "few", "steps=1"))
+    assert done.code == 0, done.err
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["knn"] is not None
+
+
+def spoil(folder, count):
+    """Turn images into text files."""
+    for path in sorted((folder / "train" / "dark").iterdir())[:count]:
+        path.write_text("no image")
+
+
+def test_a_damaged_image_is_skipped_counted_and_named(tmp_path):
+    spoil(make_photos(tmp_path / "photos", [("train", 120), ("val", 4)]), 1)
+    done = run(tmp_path, tiny(tmp_path / "run", tmp_path / "photos", "steps=30", "log.every=10"))
+    assert done.code == 0, done.err
+    named = [line for line in log_of(tmp_path / "run") if "skipped" in line]
+    assert len(named) == 1 and "dark/0.png: " in named[0]["skipped"]
+    assert done.out.count("warning: damaged image skipped (1 so far): ") == 1
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["skipped_images"] == 1
+
+
+def test_more_than_one_percent_of_damaged_images_stop_the_run(tmp_path):
+    spoil(make_photos(tmp_path / "photos", [("train", 120), ("val", 4)]), 2)
+    done = run(tmp_path, tiny(tmp_path / "run", tmp_path / "photos", "steps=30"))
+    assert done.code == 2
+    assert done.err.count("\n") == 1 and "2 of 120 images are damaged" in done.err
+
+
+# ---- TensorBoard, W&B, collapse -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "word, package", [("tensorboard=true", "tensorboard"), ("wandb=x", "wandb")]
+)
+def test_a_missing_package_is_one_line(tmp_path, photos, capsys, monkeypatch, word, package):
+    for name in package, "torch.utils.tensorboard":
+        monkeypatch.setitem(sys.modules, name, None)  # importing it raises, installed or not
+    cfg = Config(out=str(tmp_path))
+    cfg.log.tensorboard, cfg.log.wandb = package == "tensorboard", word.partition("=")[2]
+    with pytest.raises(report.UserError, match=f"log.{package}=.*: pip install {package}"):
+        report.open_writers(cfg, start=0)
+
+
+def reporter(tmp_path, said):
+    """A Reporter of a run that did not take place, whose words go to a list."""
+    made = object.__new__(report.Reporter)
+    made.cfg, made.warned, made.say = Config(), set(), said.append
+    return made
+
+
+HEALTHY = dict(zip(HEALTH, [5.0, 0.5, 0.8, 100.0], strict=True)) | {"step": 20_000}
+ILL = {
+    "rankme": (1.1, "all images look alike"),
+    "prototypes_used": (1.1 / 65536, "on one or two prototypes"),
+    "teacher_entropy": (11.09, "targets are uniform"),
+}
+
+
+@pytest.mark.parametrize("sign", ILL)
+def test_a_collapse_is_told_once_and_in_plain_words(tmp_path, sign):
+    said = []
+    made, (value, words) = reporter(tmp_path, said), ILL[sign]
+    made.warn_of_collapse(HEALTHY)
+    made.warn_of_collapse(HEALTHY | {sign: value, "step": 10})  # in the warm-up
+    assert not said
+    made.warn_of_collapse(HEALTHY | {sign: value})
+    made.warn_of_collapse(HEALTHY | {sign: value})
+    assert len(said) == 1 and words in said[0] and torch.isfinite(torch.tensor(value))
