@@ -12,10 +12,12 @@ import contextlib
 import difflib
 import functools
 import inspect
+import json
 import math
 import os
 import re
 import sys
+import time
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 
@@ -158,7 +160,7 @@ class Config:
     activation_checkpointing: str = "none"  # none, selective or full: compute again, save memory
     compile: bool = False  # torch.compile each block: slow start, faster steps
     accumulate: int = 1  # parts in which a process works through its images, to save memory
-    init_from: str = ""  # file of backbone weights to start from; empty: from random
+    init_from: str = ""  # run folder or file of backbone weights to start from; empty: from random
     data: Data = field(default_factory=Data)
     crops: Crops = field(default_factory=Crops)
     augment: Augment = field(default_factory=Augment)
@@ -333,6 +335,8 @@ ORDERED = "crops.global_scale crops.local_scale crops.ratio augment.blur_sigma m
 def check(cfg):
     """Refuse what cannot work, before anything starts."""
     get = functools.partial(lookup, cfg)
+    if not cfg.out:
+        raise UserError("out is empty: set it to a folder, such as out=runs/default")
     for key, choices in CHOICES.items():
         if get(key) not in choices:
             raise UserError(f"{key}={get(key)} is unknown: use one of {', '.join(choices)}")
@@ -456,6 +460,16 @@ def report_errors(main):
             # What all processes of a run have to say is said once, by the first.
             if os.environ.get("RANK", "0") == "0" or isinstance(error, RankError):
                 print("error: " + " ".join(str(error).split()), file=sys.stderr)
+            tell_launcher(str(error))
             sys.exit(2)
+        except KeyboardInterrupt:
+            sys.exit(130)
 
     return run
+
+
+def tell_launcher(text):
+    """Make torchrun end its own report of a failed process with this line."""
+    if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        extra = {"py_callstack": text, "timestamp": str(int(time.time()))}
+        Path(path).write_text(json.dumps({"message": {"message": text, "extraInfo": extra}}))

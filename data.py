@@ -191,13 +191,41 @@ def one_line_errors(batches):
 # ---- evaluation ---------------------------------------------------------------------------------
 
 
+class Part:
+    """Some images of a source, as a source."""
+
+    def __init__(self, source, indices):
+        self.source, self.indices, self.classes = source, indices, source.classes
+
+    def __len__(self):
+        return len(self.indices)
+
+    def read(self, i):
+        return self.source.read(self.indices[i])
+
+    def label(self, i):
+        return self.source.label(self.indices[i])
+
+    def name(self, i):
+        return self.source.name(self.indices[i])
+
+
 def evaluation_images(cfg):
-    """(training source, held-out source), both with labels, or None if there is no such pair."""
+    """(images with known labels, images to classify), or None if there are no labels.
+
+    A data set without a held-out part is divided: every tenth image is classified by the others.
+    Training has seen them all, though never their labels.
+    """
     root, val = cfg.data.root, cfg.data.val
     if root == "synthetic":
         return open_source(root, cfg, "train"), open_source(root, cfg, "test")
     if not val and split_folder(root, "train") == split_folder(root, "test"):
-        return None
+        source = open_source(root, cfg, "train")
+        rest = [i for i in range(len(source)) if i % 10]
+        known = {source.label(i) for i in rest}
+        tenth = [i for i in range(0, len(source), 10) if source.label(i) in known]
+        divided = Part(source, rest), Part(source, tenth)
+        return divided if len(source.classes) > 1 and tenth else None
     train = open_source(root, cfg, "train")
     if not train.classes:
         return None

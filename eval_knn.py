@@ -21,7 +21,7 @@ import config
 import data
 from config import UserError
 from parallel import DTYPES, gather_from_ranks, pick_device, ranks
-from vit import load_backbone
+from weights import load_backbone
 
 NEIGHBOURS = (10, 20, 100, 200)
 TEMPERATURE = 0.07
@@ -54,7 +54,10 @@ def in_order(own, total):
 
 
 class RawPixels(torch.nn.Module):
-    """The floor: an image is its own feature vector."""
+    """The floor: an image, standardised as the network gets it, is its own feature vector.
+
+    A harder floor than the bare values in [0, 1]: on CIFAR-10 45.9 % against 36.3 % (k = 20).
+    """
 
     def forward(self, image_BCHW):
         return image_BCHW.flatten(1)
@@ -90,7 +93,12 @@ def knn_probabilities(train_ND, label_N, test_MD, classes, neighbours=NEIGHBOURS
 def top_accuracy(vote_MC, label_M, top=1):
     """Percentage of test images whose class is among the `top` with most votes."""
     best = vote_MC.topk(min(top, vote_MC.shape[1]), dim=1).indices
-    return 100 * (best == label_M.unsqueeze(1)).any(dim=1).float().mean().item()
+    return 100 * (best == label_M.unsqueeze(1)).any(dim=1).sum().item() / len(label_M)
+
+
+def labelled(features, labels):
+    """Without the images that lie beside the folders of the classes."""
+    return features[labels >= 0], labels[labels >= 0]
 
 
 def evaluate(backbone, sources, cfg, device, neighbours=NEIGHBOURS):
@@ -98,9 +106,13 @@ def evaluate(backbone, sources, cfg, device, neighbours=NEIGHBOURS):
     training = backbone.training
     backbone.eval()
     train, test = sources
-    train_ND, label_N = extract_features(backbone, train, cfg, device, "k-NN, training images")
-    test_MD, label_M = extract_features(backbone, test, cfg, device, "k-NN, test images")
+    train_ND, label_N = labelled(
+        *extract_features(backbone, train, cfg, device, "k-NN, training images")
+    )
+    test_MD, label_M = labelled(*extract_features(backbone, test, cfg, device, "k-NN, test images"))
     backbone.train(training)
+    if not len(label_M):
+        raise UserError("no labelled test image: data.val needs a sub-folder for each class")
     missing = set(label_M.tolist()) - set(label_N.tolist())
     if missing:
         names = ", ".join(train.classes[c] for c in sorted(missing))
@@ -131,6 +143,7 @@ def main(argv):
     device = pick_device(cfg.device)
     sources = data.evaluation_images(cfg)
     if sources is None:
+        data.open_source(cfg.data.root, cfg)  # if it is missing, it says so itself
         raise UserError(
             f"data.root={cfg.data.root}: no labelled train and test images; set data.val"
         )
@@ -140,7 +153,10 @@ def main(argv):
     for name, value in result.items():
         print(f"{name:<16}{value:6.2f} %")
     if Path(run).is_dir():
-        Path(run, "knn.json").write_text(json.dumps(result, indent=1) + "\n")
+        try:
+            Path(run, "knn.json").write_text(json.dumps(result, indent=1) + "\n")
+        except OSError as error:
+            raise UserError(f"{run}/knn.json: cannot be written ({error.strerror})") from None
 
 
 if __name__ == "__main__":

@@ -150,9 +150,9 @@ def ibot_loss(score_MK, target_MK, weight_M, crops, temp=0.1):
 
         L_ibot = - 1/crops * sum_crops mean_{masked i}  target[i] . log softmax(score[i] / temp)
 
-    Section 4, "Patch-level objective"; iBOT (Zhou et al. 2022), equation 2. weight_M is 1 / (masked
-    patches of the crop): one crop, one vote. `crops` counts all large crops, although only half of
-    them are masked, so an untrained network has ln(K) / 2.
+    Section 4, "Patch-level objective"; iBOT (Zhou et al. 2022), section 3.1. weight_M is 1 over the
+    masked patches of the crop: one crop, one vote. `crops` counts all large crops, although only
+    half of them are masked, so an untrained network has ln(K) / 2.
     """
     return CrossEntropy.apply(score_MK, target_MK, weight_M / crops, temp)
 

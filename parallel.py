@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed._functional_collectives import all_gather_single
+from torch.distributed.rendezvous import rendezvous
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from attention import check_backend
@@ -105,6 +106,19 @@ def check_launch(cfg, device, world):
         )
 
 
+def own_store():
+    """The store in which ranks find each other: of this attempt only.
+
+    torchrun (PyTorch 2.13) keeps one store over restarts, and a new rank may find the address of a
+    dead one there. Several machines count restarts each for itself, so there the launch script has
+    to set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 instead.
+    """
+    store, rank, world = next(rendezvous("env://"))
+    if os.environ.get("GROUP_WORLD_SIZE", "1") == "1":
+        store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+    return {"store": store, "rank": rank, "world_size": world}
+
+
 @contextlib.contextmanager
 def process_group(cfg):
     """Join the processes that torchrun started, and yield (device, rank, world).
@@ -121,7 +135,7 @@ def process_group(cfg):
     try:
         if cfg.parallel != "none":
             backend = "nccl" if device.type == "cuda" else "gloo"
-            dist.init_process_group(backend, timeout=timedelta(seconds=seconds))
+            dist.init_process_group(backend, timeout=timedelta(seconds=seconds), **own_store())
         yield device, *ranks()
     except RuntimeError as error:  # of which gloo's have no class of their own
         if not isinstance(error, dist.DistError) and "gloo" not in str(error):

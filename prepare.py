@@ -270,7 +270,7 @@ def encode(image, key, jpeg):
 
 
 def show_crops(cfg, options):
-    from report import draw_crops  # it brings the network along, which nothing else here needs
+    from results import draw_crops  # it brings the network along, which nothing else here needs
 
     path = Path(options["to"] or "crops.png")
     draw_crops(open_source(cfg.data.root, cfg), cfg, path)

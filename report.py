@@ -1,4 +1,4 @@
-"""What people see of a run: the start card, a live line, log.jsonl, warnings, summary, pictures.
+"""What people see of a run while it goes on: the start card, progress, log.jsonl, warnings.
 
 Only rank 0 prints and writes. Losses stay on the device between reports, so that the loop never
 waits for a number that nobody reads.
@@ -18,19 +18,14 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-import data
 import dinov2
-import eval_knn
 import visualize
-from augment import colour
 from config import UserError, dump, to_dict
 from optim import scaled_lr
-from parallel import materialize, sum_over_ranks
-from vit import load_backbone
+from parallel import sum_over_ranks
+from results import FLOORS, draw_crops
 
-K_REPORTED = 20  # the `knn` of log and summary; the other k are in the summary
 TERMS = ("dino_global", "dino_local", "ibot", "koleo")
-FLOORS = {"knn_random": "untrained network", "knn_pixels": "raw pixels"}  # of the k-NN accuracy
 
 
 class Reporter:
@@ -134,6 +129,15 @@ class Reporter:
                 f"{len(self.bad)} of {self.images} images are damaged, more than 1 %: "
                 f"they are named in {self.out / 'log.jsonl'}; mend or remove them"
             )
+
+    def summary(self, result):
+        """Write summary.json, last of all: a run folder that has one is complete."""
+        machine = {"device": f"{self.device} ({device_name(self.device)})"}
+        result = result | {"skipped_images": len(self.bad)} | machine | {"torch": torch.__version__}
+        try:
+            replace_text(self.out / "summary.json", json.dumps(result, indent=1) + "\n")
+        except OSError as error:
+            raise cannot_write(self.out / "summary.json", error) from None
 
     def close(self, message):
         """Last words."""
@@ -330,7 +334,13 @@ def open_writers(cfg, start):
             raise UserError(
                 f"log.wandb={cfg.log.wandb} needs a package: pip install wandb"
             ) from None
-        writers.append(WandB(wandb.init(project=cfg.log.wandb, dir=cfg.out, config=to_dict(cfg))))
+        try:
+            run = wandb.init(project=cfg.log.wandb, dir=cfg.out, config=to_dict(cfg))
+        except wandb.Error as error:
+            raise UserError(
+                f"log.wandb={cfg.log.wandb}: {error} Or set WANDB_MODE=offline"
+            ) from None
+        writers.append(WandB(run))
     return writers
 
 
@@ -360,106 +370,3 @@ class WandB:
 
     def close(self):
         self.run.finish()
-
-
-# ---- evaluation, summary, pictures ---------------------------------------------------------------
-
-
-def evaluate(backbone, held_out, cfg, device, floors=False):
-    """k-NN accuracy of the backbone; with floors (at step 0) also of raw pixels.
-
-    At step 0 the backbone is a random network, which is the other floor.
-    """
-    if held_out is None:
-        return {}
-    result = {"knn": headline(eval_knn.evaluate(backbone, held_out, cfg, device))}
-    if floors:
-        pixels = eval_knn.evaluate(eval_knn.RawPixels(), held_out, cfg, device)
-        result |= {"knn_random": result["knn"], "knn_pixels": headline(pixels)}
-    return result
-
-
-def headline(scores):
-    """The one figure to report of many k: of 20, or of what so few training images allow."""
-    return scores.get(f"knn_{K_REPORTED}", next(iter(scores.values()), None))
-
-
-def final_report(report, backbone, source, held_out, cfg, device):
-    """After the last step: k-NN with every k, the pictures of the run, and summary.json."""
-    scores = eval_knn.evaluate(backbone, held_out, cfg, device) if held_out else {}
-    if report.rank:
-        return
-    knn, seconds = headline(scores), report.seconds()
-    report.evaluation(cfg.steps, {"knn": knn} if held_out else {})
-    summary = {
-        "knn": knn,
-        "knn_random": report.floors.get("knn_random"),
-        "knn_pixels": report.floors.get("knn_pixels"),
-        "images": cfg.steps * cfg.batch,
-        "seconds": seconds,
-        "steps": cfg.steps,
-        "skipped_images": len(report.bad),
-        **scores,
-        "device": f"{device} ({device_name(device)})",
-        "torch": torch.__version__,
-    }
-    if cfg.log.pictures:
-        visualize.curves(report.out)
-        draw_pca(held_out[1] if held_out else source, cfg, report.out / "pca.png")
-    try:  # last: a run folder with a summary is complete
-        replace_text(report.out / "summary.json", json.dumps(summary, indent=1) + "\n")
-    except OSError as error:
-        raise cannot_write(report.out / "summary.json", error) from None
-    text = f"done: {summary['images']:,} images in {seconds:.0f} s"
-    if held_out:
-        text += f"; k-NN {knn:.1f} %{report.to_beat()}"
-    pictures = "curves.png, crops.png, pca.png, " if cfg.log.pictures else ""
-    report.close(f"{text}\nsee {report.out}/: {pictures}summary.json, log.jsonl, teacher.pt")
-
-
-def finished(cfg):
-    """What to say of a run that is complete already, or "" for one that is not."""
-    path = Path(cfg.out, "summary.json")
-    with contextlib.suppress(OSError, ValueError):
-        summary = json.loads(path.read_text(encoding="utf-8"))
-        knn = f", k-NN {summary['knn']:.1f} %" if summary["knn"] is not None else ""
-        return (
-            f"{cfg.out} is finished ({summary['steps']:,} steps{knn}): nothing to do; "
-            "set out= for a new run"
-        )
-    return ""
-
-
-def draw_crops(source, cfg, path):
-    """The first images of the run, as the network will see them."""
-    count = max(n for n in (1, 2, 3, 4) if cfg.batch % n == 0)
-    dataset = data.Dataset(source, cfg)
-    # As if every process had `count` images: the masks are those of the step, without its images.
-    samples = [dataset[position] for position in range(count)]
-    batch = data.collate(samples, cfg, rank=0, world=cfg.batch // count)
-    images = [data.read_or_next(source, dataset.order[i])[0] for i in range(count)]
-    mean, std = cfg.data.mean, cfg.data.std
-    large = colour(batch.global_crops, batch.global_colour, mean, std).unflatten(0, (2, count))
-    small = colour(batch.local_crops, batch.local_colour, mean, std)
-    small = small.unflatten(0, (cfg.crops.local_count, count))
-    masks = batch.masks.unflatten(0, (2, count))
-    rows = [[x[:, i] for i in range(count)] for x in (large, small, masks)]
-    visualize.crop_sheet(images, *rows, mean, std, path)
-
-
-def draw_pca(source, cfg, path, count=8):
-    """PCA colours of images spread over a source, by the network before and after training."""
-    with torch.device("meta"):
-        untrained = dinov2.build_network(cfg, student=False)
-    materialize(untrained, "cpu", cfg.seed)
-    networks = {"untrained network": untrained.backbone.eval(), "trained": load_backbone(cfg.out)}
-    count = min(count, len(source))
-    images = [data.read_or_next(source, i * len(source) // count)[0] for i in range(count)]
-    columns = [
-        (
-            f"PCA of patch features, {name}",
-            [visualize.patch_features(net, image, cfg.data.mean, cfg.data.std) for image in images],
-        )
-        for name, net in networks.items()
-    ]
-    visualize.pca_sheet(images, columns, path)

@@ -10,7 +10,7 @@ The method is in dinov2.py, its numbers are in config.yaml; `python train.py --h
 
     RUN/log.jsonl      one object a line: step, images, loss, its terms, health signs, knn, ...
     RUN/summary.json   at the end: knn, knn_random, knn_pixels, images, seconds
-    RUN/teacher.pt     the trained teacher, for eval_knn.py, visualize.py and vit.load_backbone
+    RUN/teacher.pt     the trained teacher, for eval_knn.py, visualize.py and weights.py
     RUN/*.png          loss and k-NN over time, crops and masks, PCA colours before and after
 """
 
@@ -37,15 +37,24 @@ from parallel import (
     whole,
     wrap,
 )
-from report import Reporter, evaluate, final_report, finished
+from report import Reporter
+from results import evaluate, final_report, finished
+from weights import start_from
 
 
-def build(cfg, device):
+def outline(cfg):
+    """Student and teacher as shapes only: what is sharded later must not take memory before."""
+    with torch.device("meta"):
+        networks = build_network(cfg, student=True), build_network(cfg, student=False)
+    for network in networks:
+        wrap(network, cfg, train=network is networks[0])
+    return networks
+
+
+def build(cfg, device, networks=None):
     """Student, teacher (equal at first), centres of softmax centering, and the optimiser."""
-    with torch.device("meta"):  # shapes only: sharding comes before memory is taken
-        student, teacher = build_network(cfg, student=True), build_network(cfg, student=False)
+    student, teacher = networks or outline(cfg)
     for network in (student, teacher):
-        wrap(network, cfg, train=network is student)
         materialize(network, device, cfg.seed)
     teacher.requires_grad_(False).eval()
     groups = param_groups(student, cfg.optim.layer_decay, cfg.optim.patch_embed_lr)
@@ -55,29 +64,29 @@ def build(cfg, device):
 
 def to_device(batch, cfg, device):
     """Move a batch, and do the colour work of its crops where the training is."""
-    batch = batch._replace(
-        **{
-            name: getattr(batch, name).to(device, non_blocking=True)
-            for name in batch._fields
-            if name != "skipped"
-        }
-    )
     dtype, mean, std = DTYPES[cfg.precision], cfg.data.mean, cfg.data.std
+
+    def move(x):
+        return x.to(device, non_blocking=True)
+
+    # What colour() is to do stays on the CPU, which sorts the crops by it.
     return batch._replace(
-        global_crops=colour(batch.global_crops, batch.global_colour, mean, std).to(dtype),
-        local_crops=colour(batch.local_crops, batch.local_colour, mean, std).to(dtype),
+        global_crops=colour(move(batch.global_crops), batch.global_colour, mean, std).to(dtype),
+        local_crops=colour(move(batch.local_crops), batch.local_colour, mean, std).to(dtype),
+        masks=move(batch.masks),
+        mask_indices=move(batch.mask_indices),
+        mask_weights=move(batch.mask_weights),
     )
 
 
-def backward(model, teacher, centers, batch, temp, cfg, scaler, rng, health):
-    """Gradients of one step, in cfg.accumulate micro-batches; returns the log of the last one.
+def backward(model, teacher, centers, parts, temp, cfg, scaler, rng, health):
+    """Gradients of one step from the micro-batches it is cut into; the log of the last of them.
 
-    With accumulation, Sinkhorn, the centre and KoLeo see one micro-batch at a time: targets are
-    balanced, and neighbours sought, among fewer images than in one large batch.
+    With several, Sinkhorn, the centre and KoLeo see one at a time: targets are balanced, and
+    neighbours sought, among fewer images than in one large batch.
     """
-    parts = data.split(batch, cfg.accumulate) if cfg.accumulate > 1 else [batch]
-    for part in parts:
-        last = part is parts[-1]
+    for i, part in enumerate(parts, 1):
+        last = i == len(parts)
         with synchronized(model, last):  # gradients meet once, after the last part
             loss, log = objective(
                 model, teacher, centers, part, temp, cfg.loss, rng, health=health and last
@@ -108,6 +117,10 @@ def train(cfg, device, rank, world):
     start = saved.load()
     if start == cfg.steps and (words := finished(cfg)):
         return print(words) if rank == 0 else None
+    if start == 0 and cfg.init_from:
+        words = start_from(cfg, student, teacher)
+        if rank == 0:
+            print(words)
     report = Reporter(cfg, source, held_out, student, device, rank, world, start)
 
     # ---- the loop: every number is a function of the step, so there is nothing else to resume ----
@@ -122,9 +135,10 @@ def train(cfg, device, rank, world):
         rng = seeded(f"{cfg.seed} drop path {step} {rank}")
         reporting = step == 0 or (step + 1) % cfg.log.every == 0
 
-        batch = to_device(batch, cfg, device)
+        parts = data.split(batch, cfg.accumulate) if cfg.accumulate > 1 else [batch]
+        parts = [to_device(part, cfg, device) for part in parts]
         log = backward(
-            model, teacher, centers, batch, now.teacher_temp, cfg, scaler, rng, reporting
+            model, teacher, centers, parts, now.teacher_temp, cfg, scaler, rng, reporting
         )
         scaler.unscale_(optimizer)
         norms = clip_each_part(student, cfg.optim.clip)

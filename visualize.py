@@ -249,20 +249,33 @@ def pca_colours(features):
 
 @torch.no_grad()
 def patch_features(net, image, mean, std):
-    """uint8 (H, W, C) -> (h, w, D) of a backbone, the picture's sides rounded to whole patches.
+    """uint8 (H, W, C) -> (h, w, D) of a backbone: a feature for each patch, at least 24 on a side.
 
-    Between 8 and 32 patches on the shorter side, as many as the picture has.
+    A large picture is reduced to 32 patches on its shorter side. A small one keeps its size, and is
+    read several times, each time shifted by a part of a patch; the grids are then interleaved.
     """
     from data import resize
 
     height, width = image.shape[:2]
-    short = min(height, width)
-    factor = min(max(short // net.patch, 8), 32) * net.patch / short
+    factor = min(1, 32 * net.patch / min(height, width))
     rows, cols = (max(1, round(n * factor / net.patch)) for n in (height, width))
     pixels = torch.tensor(resize(image, rows * net.patch, cols * net.patch)).permute(2, 0, 1)
     mean, std = (torch.tensor(v)[:, None, None] for v in (mean, std))
-    tokens_ND = net.forward_features(((pixels / 255 - mean) / std)[None])["x_norm_patchtokens"][0]
-    return tokens_ND.unflatten(0, (rows, cols))
+    pixels = ((pixels / (255 if image.dtype == np.uint8 else 1) - mean) / std)[None]
+    shifts = min(-(-24 // min(rows, cols)), net.patch)
+    at = [net.patch * i // shifts - net.patch // 2 for i in range(shifts)]
+    grids = [torch.stack([shifted_tokens(net, pixels, dy, dx) for dx in at], dim=2) for dy in at]
+    grid = torch.stack(grids, dim=1)  # (rows, shifts, cols, shifts, D)
+    return grid.flatten(2, 3).flatten(0, 1)
+
+
+def shifted_tokens(net, pixels, down, right):
+    """Patch features (h, w, D) of a picture (1, C, H, W) moved by less than a patch, edges kept."""
+    (_, _, H, W), reach = pixels.shape, net.patch
+    wide = torch.nn.functional.pad(pixels, [reach] * 4, mode="replicate")
+    part = wide[:, :, reach + down : reach + down + H, reach + right : reach + right + W]
+    tokens_ND = net.forward_features(part)["x_norm_patchtokens"][0]
+    return tokens_ND.unflatten(0, (H // reach, W // reach))
 
 
 def write(image, path):
@@ -279,7 +292,7 @@ def write(image, path):
 def pca(run, files):
     """PCA colours of image files by the backbone of a run; returns where the sheet is."""
     from sources import read_image
-    from vit import load_backbone
+    from weights import load_backbone
 
     net, cfg = load_backbone(run, with_config=True)
     images = []

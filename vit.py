@@ -169,6 +169,25 @@ def add_branch(x, branch, groups, kept=None):
     return x.index_add(0, rows, (branch(x[rows], kept_groups) * scale).to(x.dtype))
 
 
+def resize_positions(pos_embed, rows, columns, offset=0.1, antialias=False):
+    """Positions (1, 1 + side * side, D) -> (1, 1 + rows * columns, D): bicubic, in fp32."""
+    side = int((pos_embed.shape[1] - 1) ** 0.5)
+    if (rows, columns) == (side, side):
+        return pos_embed
+    cls, grid = pos_embed[:, :1], pos_embed[:, 1:].float()
+    grid = grid.unflatten(1, (side, side)).permute(0, 3, 1, 2)  # (1, D, side, side)
+    # The offset was once added against rounding of the scale. It is kept because it moves every
+    # sampling point: size= instead changes the result by up to 30 %, and released weights were
+    # trained with it (0.1; register models: 0 with antialias).
+    if offset:
+        scale = ((rows + offset) / side, (columns + offset) / side)
+        grid = F.interpolate(grid, scale_factor=scale, mode="bicubic", antialias=antialias)
+    else:
+        grid = F.interpolate(grid, size=(rows, columns), mode="bicubic", antialias=antialias)
+    assert grid.shape[-2:] == (rows, columns), "offset too large for this grid"
+    return torch.cat((cls, grid.flatten(2).transpose(1, 2).to(cls.dtype)), dim=1)
+
+
 class VisionTransformer(nn.Module):
     """The backbone: images (B, C, H, W) to [CLS], register and patch tokens of width D.
 
@@ -259,22 +278,8 @@ class VisionTransformer(nn.Module):
 
     def interpolate_pos_encoding(self, rows, columns):
         """Positions for a grid of patches, bicubic in fp32: (1, 1 + rows * columns, D)."""
-        side = int((self.pos_embed.shape[1] - 1) ** 0.5)
-        if (rows, columns) == (side, side):
-            return self.pos_embed
-        cls, grid = self.pos_embed[:, :1], self.pos_embed[:, 1:].float()
-        grid = grid.unflatten(1, (side, side)).permute(0, 3, 1, 2)  # (1, D, side, side)
-        # The offset was once added against rounding of the scale. It is kept because it moves every
-        # sampling point: size= instead changes the result by up to 30 %, and released weights were
-        # trained with it (0.1; register models: 0 with antialias).
         offset, antialias = self.interpolate_offset, self.interpolate_antialias
-        if offset:
-            scale = ((rows + offset) / side, (columns + offset) / side)
-            grid = F.interpolate(grid, scale_factor=scale, mode="bicubic", antialias=antialias)
-        else:
-            grid = F.interpolate(grid, size=(rows, columns), mode="bicubic", antialias=antialias)
-        assert grid.shape[-2:] == (rows, columns), "offset too large for this grid"
-        return torch.cat((cls, grid.flatten(2).transpose(1, 2).to(cls.dtype)), dim=1)
+        return resize_positions(self.pos_embed, rows, columns, offset, antialias)
 
     def prepare_tokens(self, x, mask=None):
         """Images (B, C, H, W), mask (B, N) bool -> tokens (B, T, D): [CLS], registers, patches."""
@@ -285,9 +290,8 @@ class VisionTransformer(nn.Module):
             )
         pos = self.interpolate_pos_encoding(height // self.patch, width // self.patch)
         x = self.patch_embed(x)
-        if (
-            mask is not None
-        ):  # before positions are added, so a hidden patch still knows where it is
+        if mask is not None:
+            # Before positions are added, so that a hidden patch still knows where it is.
             x = torch.where(mask.unsqueeze(-1), self.mask_token.to(x.dtype), x)
         x = torch.cat((self.cls_token.to(x.dtype).expand(B, -1, -1), x), dim=1) + pos.to(x.dtype)
         if self.registers:  # after: registers have no position
@@ -438,29 +442,3 @@ def build_backbone(cfg, drop_path=0.0):
         init_std=v.init_std,
         attention=cfg.attention,
     )
-
-
-def load_backbone(path, with_config=False):
-    """The trained backbone of a run folder or teacher file, in eval mode; strict.
-
-    path  RUN (its teacher.pt) or a file written by checkpoint.save
-    Returns the network, or (network, Config) with with_config. Raises UserError if the file is
-    missing, damaged, or does not hold what its config says.
-    """
-    from pathlib import Path
-
-    from checkpoint import read
-    from config import from_dict
-
-    path = Path(path, "teacher.pt") if Path(path).is_dir() else Path(path)
-    state = read(path)
-    if "backbone" not in state or "config" not in state:
-        raise UserError(f"{path}: not a teacher file of train.py (no backbone and config in it)")
-    cfg = from_dict(state["config"], str(path))
-    backbone = build_backbone(cfg)
-    try:
-        backbone.load_state_dict(state["backbone"])
-    except RuntimeError as error:
-        raise UserError(f"{path}: {' '.join(str(error).split())}") from None
-    backbone.eval()
-    return (backbone, cfg) if with_config else backbone

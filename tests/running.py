@@ -23,19 +23,12 @@ from checkpoint import checkpoints
 
 ROOT = Path(__file__).resolve().parent.parent
 
-TINY = """
-    steps=12 batch=8 precision=fp32 device=cpu seed=0
-    data.workers=0 crops.global_size=16 crops.local_size=8 crops.local_count=2
-    vit.size=nano vit.patch=8 vit.drop_path=0.3 loss.centering=softmax
-    head.prototypes=32 head.hidden=32 head.bottleneck=16
-    optim.warmup=2 optim.freeze_last_layer=2 teacher.temp_warmup=4
-    log.every=1 log.knn_every=5 log.save_every=4 log.pictures=false
-""".split()  # noqa: SIM905
+TINY = ROOT / "tests" / "tiny.yaml"
 
 
 def tiny(out, photos, *words):
     """The command line of a tiny run into `out` over the images in `photos`."""
-    return [str(ROOT / "config.yaml"), *TINY, f"out={out}", f"data.root={photos}", *words]
+    return [str(TINY), f"out={out}", f"data.root={photos}", *words]
 
 
 def make_photos(root, splits=(("train", 30), ("val", 10)), mode="RGB"):

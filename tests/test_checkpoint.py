@@ -26,7 +26,7 @@ from running import (
 
 import checkpoint
 from config import UserError
-from vit import load_backbone
+from weights import load_backbone
 
 
 @pytest.fixture(scope="module")
@@ -90,8 +90,8 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path, out, photos,
     largest(newest).unlink() if damage == "unlink" else damage(largest(newest))
     done = run(tmp_path, tiny(out, photos))
     assert done.code == 0, done.err
-    warnings = [line for line in done.out.splitlines() if line.startswith("warning: ")]
-    assert len(warnings) == 1 and str(newest) in warnings[0]
+    named = [line for line in done.out.splitlines() if f"warning: {newest}: damaged" in line]
+    assert len(named) == 1 and "trying the checkpoint before it" in named[0]
     assert "continues after step 4" in done.out
 
 

@@ -224,11 +224,24 @@ def test_held_out_images_are_found_beside_the_training_images(tmp_path):
     assert len(open_source(cfg.data.root, cfg)) == 6  # pretraining leaves the held-out images out
 
 
+def test_without_held_out_images_every_tenth_is_classified_by_the_others(tmp_path):
+    for name in ["cat", "dog"]:
+        write_images(tmp_path / name, count=10)
+    bank, queries = evaluation_images(tiny_config(root=str(tmp_path)))
+    names = [[part.name(i) for i in range(len(part))] for part in (bank, queries)]
+    assert (len(bank), len(queries)) == (18, 2) and not set(names[0]) & set(names[1])
+    assert [queries.label(i) for i in range(2)] == [0, 1]
+
+
+def test_a_folder_without_labels_has_no_evaluation(tmp_path):
+    write_images(tmp_path, count=12)
+    assert evaluation_images(tiny_config(root=str(tmp_path))) is None
+
+
 def test_a_folder_of_its_own_can_be_held_out(tmp_path):
     for name in ["photos/cat", "photos/dog", "other/cat", "odd/cow"]:
         write_images(tmp_path / name, count=2)
     cfg = tiny_config(root=str(tmp_path / "photos"))
-    assert evaluation_images(cfg) is None
     cfg.data.val = str(tmp_path / "other")
     assert [len(s) for s in evaluation_images(cfg)] == [4, 2]
     cfg.data.val = str(tmp_path / "odd")

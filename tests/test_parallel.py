@@ -86,8 +86,9 @@ def train(folder, changes, steps=10, save_at=None, resume=False):
     for step, batch in zip(range(start, steps), batches, strict=False):
         now, rng = schedules(step, cfg), seeded(f"{step} {rank}")
         set_schedule(optimizer, now)
-        batch = to_device(batch, cfg, CPU)
-        log = backward(model, teacher, centers, batch, now.teacher_temp, cfg, scaler, rng, False)
+        micro = data.split(batch, cfg.accumulate) if cfg.accumulate > 1 else [batch]
+        micro = [to_device(part, cfg, CPU) for part in micro]
+        log = backward(model, teacher, centers, micro, now.teacher_temp, cfg, scaler, rng, False)
         finish_step(student, teacher, optimizer, cfg, now, log, run)
         if step + 1 == save_at:
             saved.save(step + 1)  # and the loop goes on

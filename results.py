@@ -1,0 +1,121 @@
+"""What a run has reached: k-NN on the way, and at the end summary.json and the pictures.
+
+    knn          accuracy of k-NN (k = 20) on held-out images, by the teacher's features
+    knn_random   the same of the untrained network   } what training has to beat
+    knn_pixels   the same of the pixels themselves   }
+
+All in percent.
+"""
+
+import contextlib
+import json
+from pathlib import Path
+
+import torch
+
+import data
+import dinov2
+import eval_knn
+import visualize
+from augment import colour
+from parallel import materialize
+from weights import load_backbone
+
+K_REPORTED = 20  # the `knn` of log and summary; the other k are in the summary
+FLOORS = {"knn_random": "untrained network", "knn_pixels": "raw pixels"}
+
+
+def evaluate(backbone, held_out, cfg, device, floors=False):
+    """k-NN accuracy of the backbone; with floors (at step 0) also of raw pixels.
+
+    At step 0 the backbone is a random network, which is the other floor.
+    """
+    if held_out is None:
+        return {}
+    result = {"knn": headline(eval_knn.evaluate(backbone, held_out, cfg, device))}
+    if floors:
+        pixels = eval_knn.evaluate(eval_knn.RawPixels(), held_out, cfg, device)
+        result |= {"knn_random": result["knn"], "knn_pixels": headline(pixels)}
+    return result
+
+
+def headline(scores):
+    """The one figure to report of many k: of 20, or of what so few training images allow."""
+    return scores.get(f"knn_{K_REPORTED}", next(iter(scores.values()), None))
+
+
+def final_report(report, backbone, source, held_out, cfg, device):
+    """After the last step: k-NN with every k, the pictures of the run, and summary.json."""
+    scores = eval_knn.evaluate(backbone, held_out, cfg, device) if held_out else {}
+    if report.rank:
+        return
+    knn, seconds = headline(scores), report.seconds()
+    report.evaluation(cfg.steps, {"knn": knn} if held_out else {})
+    summary = {
+        "knn": knn,
+        "knn_random": report.floors.get("knn_random"),
+        "knn_pixels": report.floors.get("knn_pixels"),
+        "images": cfg.steps * cfg.batch,
+        "seconds": seconds,
+        "steps": cfg.steps,
+        **scores,
+    }
+    if cfg.log.pictures:
+        visualize.curves(report.out)
+        draw_pca(held_out[1] if held_out else source, cfg, report.out / "pca.png")
+    report.summary(summary)
+    text = f"done: {summary['images']:,} images in {seconds:.0f} s"
+    if held_out:
+        text += f"; k-NN {knn:.1f} %{report.to_beat()}"
+    pictures = "curves.png, crops.png, pca.png, " if cfg.log.pictures else ""
+    report.close(f"{text}\nsee {report.out}/: {pictures}summary.json, log.jsonl, teacher.pt")
+
+
+def finished(cfg):
+    """What to say of a run that is complete already, or "" for one that is not."""
+    path = Path(cfg.out, "summary.json")
+    with contextlib.suppress(OSError, ValueError):
+        summary = json.loads(path.read_text(encoding="utf-8"))
+        knn = f", k-NN {summary['knn']:.1f} %" if summary.get("knn") is not None else ""
+        return (
+            f"{cfg.out} is finished ({cfg.steps:,} steps{knn}): nothing to do; "
+            "set out= for a new run"
+        )
+    return ""
+
+
+def draw_crops(source, cfg, path):
+    """The first images of the run, as the network will see them."""
+    count = max(n for n in (1, 2, 3, 4) if cfg.batch % n == 0)
+    dataset = data.Dataset(source, cfg)
+    # As if every process had `count` images: the masks are those of the step, without its images.
+    samples = [dataset[position] for position in range(count)]
+    batch = data.collate(samples, cfg, rank=0, world=cfg.batch // count)
+    images = [data.read_or_next(source, dataset.order[i])[0] for i in range(count)]
+    mean, std = cfg.data.mean, cfg.data.std
+    large = colour(batch.global_crops, batch.global_colour, mean, std).unflatten(0, (2, count))
+    small = colour(batch.local_crops, batch.local_colour, mean, std)
+    small = small.unflatten(0, (cfg.crops.local_count, count))
+    masks = batch.masks.unflatten(0, (2, count))
+    rows = [[x[:, i] for i in range(count)] for x in (large, small, masks)]
+    visualize.crop_sheet(images, *rows, mean, std, path)
+
+
+def draw_pca(source, cfg, path, count=8):
+    """PCA colours of images spread over a source, by the network before and after training."""
+    with torch.device("meta"):
+        untrained = dinov2.build_network(cfg, student=False)
+    materialize(untrained, "cpu", cfg.seed)
+    networks = {"untrained network": untrained.backbone.eval(), "trained": load_backbone(cfg.out)}
+    count = min(count, len(source))
+    # Spread over the source, and one further each time: labels that take turns are all met.
+    places = [(i * len(source) // count + i) % len(source) for i in range(count)]
+    images = [data.read_or_next(source, place)[0] for place in places]
+    columns = [
+        (
+            f"PCA of patch features, {name}",
+            [visualize.patch_features(net, image, cfg.data.mean, cfg.data.std) for image in images],
+        )
+        for name, net in networks.items()
+    ]
+    visualize.pca_sheet(images, columns, path)
