@@ -22,7 +22,7 @@ import dinov2
 import visualize
 from config import UserError, dump, to_dict
 from optim import scaled_lr
-from parallel import sum_over_ranks
+from parallel import lists_of_ranks, sum_over_ranks
 from results import FLOORS, draw_crops
 
 TERMS = ("dino_global", "dino_local", "ibot", "koleo")
@@ -34,25 +34,32 @@ class Reporter:
     def __init__(self, cfg, source, held_out, student, device, rank, world, start):
         self.cfg, self.device, self.rank, self.world = cfg, device, rank, world
         self.out, self.images = Path(cfg.out), len(source)
-        self.bad, self.warned, self.writers = set(), set(), []
+        self.met, self.bad, self.warned, self.writers = [], set(), set(), []
         self.waited, self.last = 0.0, (start, time.time())
         self.seconds_before, self.floors = 0.0, {}
+        lines = self.earlier_lines(start)
         if rank == 0:
-            self.open_folder(start)
+            self.open_folder(lines, start)
             print(start_card(cfg, source, held_out, student, device, world, start), flush=True)
             if cfg.log.pictures and start == 0:
                 draw_crops(source, cfg, self.out / "crops.png")
         self.live = Live(cfg.steps, start, rank == 0 and sys.stderr.isatty())
 
-    def open_folder(self, start):
-        """Make the run folder; a log that is ahead of the checkpoint goes back to it."""
-        path, lines = self.out / "log.jsonl", []
+    def earlier_lines(self, start):
+        """The log up to the checkpoint, of which it may be ahead; remembers some of it."""
+        lines = []
         with contextlib.suppress(UserError):  # no log yet, or a kill before its first line was out
-            lines = [line for line in visualize.read_log(path) if belongs_before(line, start)]
+            lines = visualize.read_log(self.out / "log.jsonl")
+        lines = [line for line in lines if belongs_before(line, start)]
         for line in lines:
             self.seconds_before = max(self.seconds_before, line.get("seconds", 0.0))
             self.bad |= {line["skipped"]} if "skipped" in line else set()
             self.floors |= {name: line[name] for name in FLOORS if name in line}
+        return lines
+
+    def open_folder(self, lines, start):
+        """Make the run folder, with a log of these lines."""
+        path = self.out / "log.jsonl"
         try:
             self.out.mkdir(parents=True, exist_ok=True)
             dump(self.cfg, self.out / "config.yaml")
@@ -79,6 +86,7 @@ class Reporter:
         """Report a step: its number from 1, what it logged (tensors), and its schedule."""
         values = torch.stack([torch.as_tensor(v, device=self.device).float() for v in log.values()])
         values = (sum_over_ranks(values) / self.world).tolist()  # one wait, one reduction
+        self.tell_skipped()
         if self.rank:
             return
         before, then = self.last
@@ -117,8 +125,15 @@ class Reporter:
         return f" ({', '.join(known)})" if known else ""
 
     def skipped(self, step, names):
-        """Damaged images that a batch had to replace; too many of them stop the run."""
-        for name in names:
+        """Damaged images that a batch of this rank had to replace."""
+        self.met += [(step, name) for name in names]
+        if self.world == 1:
+            self.tell_skipped()
+
+    def tell_skipped(self):
+        """Name what all ranks have skipped since the last time; too many stop the run."""
+        met, self.met = sorted(lists_of_ranks(self.met)), []
+        for step, name in met:
             if name not in self.bad:
                 self.bad.add(name)
                 if self.rank == 0:

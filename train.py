@@ -155,6 +155,7 @@ def train(cfg, device, rank, world):
         asked_to_stop = watch.check()
         if (step + 1) % cfg.log.save_every == 0 or step + 1 == cfg.steps or asked_to_stop:
             asked_to_stop = watch.settle()  # a step that was not finite spoils the centres: no save
+            report.tell_skipped()
             saved.save(step + 1)  # in the background
         if asked_to_stop:
             saved.wait()

@@ -184,6 +184,17 @@ def test_more_than_one_percent_of_damaged_images_stop_the_run(tmp_path):
     assert done.err.count("\n") == 1 and "2 of 120 images are damaged" in done.err
 
 
+@pytest.mark.slow
+def test_damaged_images_of_every_rank_are_named(tmp_path):
+    spoil(make_photos(tmp_path / "photos", [("train", 120), ("val", 4)]), 2)
+    words = tiny(tmp_path / "run", tmp_path / "photos", "steps=30", "parallel=ddp", "log.every=10")
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"]
+    done = subprocess.run([*launch, ROOT / "train.py", *words], capture_output=True, text=True)
+    assert done.returncode == 1  # torchrun's own
+    assert len([line for line in log_of(tmp_path / "run") if "skipped" in line]) == 2
+    assert "error: 2 of 120 images are damaged" in done.stderr
+
+
 # ---- TensorBoard, W&B, collapse -----------------------------------------------------------------
 
 

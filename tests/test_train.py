@@ -29,6 +29,9 @@ from running import (
 import sources
 import train
 
+# The parts of PyTorch that write checkpoints say so in every process that is the only one.
+pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory):
