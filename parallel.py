@@ -94,10 +94,21 @@ def pick_device(name):
     return torch.device(name, index)
 
 
-def check_launch(cfg, device, world):
-    """Raise UserError when launch line, machine and config do not fit together."""
+def check_batch(cfg, world):
+    """Raise UserError if so many processes cannot share a step."""
     if world > 1 and cfg.parallel == "none":
         raise UserError(f"{world} processes with parallel=none: use parallel=ddp or parallel=fsdp")
+    parts = world * cfg.accumulate
+    if cfg.batch % parts:
+        raise UserError(
+            f"batch={cfg.batch} does not divide into {world} processes x {cfg.accumulate} "
+            f"micro-batches: use batch={max(cfg.batch // parts, 1) * parts}"
+        )
+
+
+def check_launch(cfg, device, world):
+    """Raise UserError when launch line, machine and config do not fit together."""
+    check_batch(cfg, world)
     if cfg.parallel != "none" and "RANK" not in os.environ:
         raise UserError(
             f"parallel={cfg.parallel} needs a launcher: torchrun train.py ... instead of python"
@@ -107,12 +118,6 @@ def check_launch(cfg, device, world):
             f"precision=fp16 needs a CUDA device, this is {device.type}: use bf16 or fp32"
         )
     check_backend(cfg.attention, device, DTYPES[cfg.precision])
-    parts = world * cfg.accumulate
-    if cfg.batch % parts:
-        raise UserError(
-            f"batch={cfg.batch} does not divide into {world} processes x {cfg.accumulate} "
-            f"micro-batches: use batch={max(cfg.batch // parts, 1) * parts}"
-        )
 
 
 def own_store():

@@ -169,7 +169,7 @@ class Reporter:
         return round(self.seconds_before + time.time() - self.began, 1)
 
     def write(self, line):
-        line = {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in line.items()}
+        line = {k: rounded(v) if isinstance(v, float) else v for k, v in line.items()}
         try:
             self.log.write(json.dumps(line) + "\n")
         except OSError as error:
@@ -255,6 +255,11 @@ def belongs_before(line, start):
     k-NN evaluations and damaged images carry the number of the step that follows them.
     """
     return line["step"] < start or (line["step"] == start and "loss" in line)
+
+
+def rounded(value):
+    """Six digits are enough for a log, and json has no word for nan and inf but null."""
+    return float(f"{value:.6g}") if math.isfinite(value) else None
 
 
 def replace_text(path, text):
