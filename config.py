@@ -153,7 +153,7 @@ class Config:
     seed: int = 0  # same seed, same images, crops, masks and weights
     steps: int = 125000  # length of the run; every schedule is a function of the step
     batch: int = 2048  # images per step, over all processes
-    precision: str = "bf16"  # fp32, bf16 or fp16 (older GPUs) of activations; weights are fp32
+    precision: str = "auto"  # of activations: fp32, bf16, fp16 (old GPUs); auto: bf16 if fast
     device: str = "auto"  # auto, cpu, cuda or mps
     parallel: str = "none"  # none (one process), ddp (each has all weights), fsdp (weights split)
     attention: str = "auto"  # auto, xformers, sdpa, varlen or plain; auto takes the fastest
@@ -300,7 +300,7 @@ def shown(value):
 # ---- checking ---------------------------------------------------------------------------------
 
 CHOICES = {
-    "precision": ("fp32", "bf16", "fp16"),
+    "precision": ("auto", "fp32", "bf16", "fp16"),
     "device": ("auto", "cpu", "cuda", "mps"),
     "parallel": ("none", "ddp", "fsdp"),
     "attention": ("auto", "xformers", "sdpa", "varlen", "plain"),
@@ -369,7 +369,7 @@ def check(cfg):
     if cfg.loss.dino == cfg.loss.ibot == cfg.loss.koleo == 0:
         raise UserError("loss.dino, loss.ibot and loss.koleo are all 0: set one above 0")
     if cfg.device == "cpu" and cfg.precision == "fp16":
-        raise UserError("precision=fp16 needs a GPU: use precision=bf16 or fp32 with device=cpu")
+        raise UserError("precision=fp16 needs a GPU: use precision=auto with device=cpu")
     if not cfg.head.separate and (cfg.head.ibot_prototypes or cfg.head.ibot_bottleneck):
         raise UserError("head.ibot_prototypes and head.ibot_bottleneck need head.separate=true")
 

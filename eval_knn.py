@@ -20,7 +20,7 @@ from tqdm import tqdm
 import config
 import data
 from config import UserError
-from parallel import DTYPES, gather_from_ranks, pick_device, ranks
+from parallel import dtype_of, gather_from_ranks, pick_device, ranks
 from weights import load_backbone
 
 NEIGHBOURS = (10, 20, 100, 200)
@@ -40,7 +40,7 @@ def extract_features(backbone, source, cfg, device, what="features"):
     show = None if rank == 0 else True  # None: if this is a terminal
     with tqdm(total=len(source), desc=what, unit=" images", leave=False, disable=show) as bar:
         for image_BCHW, label_B in batches:
-            cls_BD = backbone(image_BCHW.to(DTYPES[cfg.precision]))
+            cls_BD = backbone(image_BCHW.to(dtype_of(cfg)))
             features.append(F.normalize(cls_BD.float(), dim=1))
             labels.append(label_B.to(device))
             bar.update(len(label_B) * world)

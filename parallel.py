@@ -26,9 +26,6 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from attention import check_backend
 from config import RankError, UserError
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-
 # ---- collectives ---------------------------------------------------------------------------------
 
 
@@ -94,6 +91,26 @@ def pick_device(name):
     return torch.device(name, index)
 
 
+def multiplies_bf16(device):
+    """Whether a device has instructions for bf16 matrix products.
+
+    Most processors of laptops and desktops have none. PyTorch then computes the products by way of
+    fp32, and takes up to 100 times as long as with fp32 itself.
+    """
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    has = torch.cpu.get_capabilities() if device.type == "cpu" else {}
+    return bool(has.get("avx512_bf16") or has.get("amx_bf16"))
+
+
+def dtype_of(cfg):
+    """The torch.dtype of activations; precision=auto is bf16 where the device multiplies it."""
+    precision = cfg.precision
+    if precision == "auto":
+        precision = "bf16" if multiplies_bf16(pick_device(cfg.device)) else "fp32"
+    return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+
+
 def check_batch(cfg, world):
     """Raise UserError if so many processes cannot share a step."""
     if world > 1 and cfg.parallel == "none":
@@ -115,9 +132,9 @@ def check_launch(cfg, device, world):
         )
     if cfg.precision == "fp16" and device.type != "cuda":
         raise UserError(
-            f"precision=fp16 needs a CUDA device, this is {device.type}: use bf16 or fp32"
+            f"precision=fp16 needs a CUDA device, this is {device.type}: use precision=auto"
         )
-    check_backend(cfg.attention, device, DTYPES[cfg.precision])
+    check_backend(cfg.attention, device, dtype_of(cfg))
 
 
 def own_store():
@@ -225,11 +242,9 @@ def shard(network, cfg, train):
 
     # What the backbone returns are views; nobody writes into them, which is what it warns of.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module")
-    # fp32 shards are the master weights; what is gathered and computed is cfg.precision, and
+    # fp32 shards are the master weights; what is gathered and computed is of cfg.precision, and
     # gradients are summed in fp32. (The official code sums those of the backbone in fp16.)
-    precision = MixedPrecisionPolicy(
-        DTYPES[cfg.precision], torch.float32, cast_forward_inputs=False
-    )
+    precision = MixedPrecisionPolicy(dtype_of(cfg), torch.float32, cast_forward_inputs=False)
     # As official: the student keeps gathered weights until its backward pass is over, the teacher,
     # who has none, gives them back at once.
     options = {"mp_policy": precision, "reshard_after_forward": not train}

@@ -22,9 +22,10 @@ import dinov2
 import visualize
 from config import UserError, dump, to_dict
 from optim import scaled_lr
-from parallel import lists_of_ranks, sum_over_ranks
+from parallel import dtype_of, lists_of_ranks, multiplies_bf16, sum_over_ranks
 from results import FLOORS, draw_crops
 
+NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 TERMS = ("dino_global", "dino_local", "ibot", "koleo")
 
 
@@ -289,7 +290,7 @@ def start_card(cfg, source, held_out, student, device, world, start):
     if held_out:
         knn = f"of {len(held_out[1]):,} held-out images among {len(held_out[0]):,} labelled ones"
     rows = {
-        "device": f"{device} ({device_name(device)}), {cfg.precision}, "
+        "device": f"{device} ({device_name(device)}), {NAMES[dtype_of(cfg)]}, "
         f"{world} process{'es' if world > 1 else ''}, parallel={cfg.parallel}, "
         f"attention={cfg.attention}",
         "images": f"{len(source):,} from {cfg.data.root}{labels}",
@@ -306,6 +307,8 @@ def start_card(cfg, source, held_out, student, device, world, start):
         + f" (uniform over {cfg.head.prototypes:,}; ln K = {math.log(cfg.head.prototypes):.2f})",
         "output": f"{cfg.out}/ (log.jsonl, summary.json, teacher.pt, checkpoints/, pictures)",
     }
+    if cfg.precision == "bf16" and not multiplies_bf16(device):
+        rows["slow"] = "this device has no bf16 matrix products: precision=auto is far faster"
     if cfg.data.channels != 3:
         rows["note"] = f"{cfg.data.channels} channels: colour changes need RGB and are left out"
     title = f"nanoDINOv2 continues after step {start:,}" if start else "nanoDINOv2 starts"

@@ -28,7 +28,7 @@ from checkpoint import Checkpoints
 from dinov2 import build_centers, build_network, ema_update, objective
 from optim import clip_each_part, param_groups, schedules, set_schedule
 from parallel import (
-    DTYPES,
+    dtype_of,
     materialize,
     max_over_ranks,
     process_group,
@@ -64,7 +64,7 @@ def build(cfg, device, networks=None):
 
 def to_device(batch, cfg, device):
     """Move a batch, and do the colour work of its crops where the training is."""
-    dtype, mean, std = DTYPES[cfg.precision], cfg.data.mean, cfg.data.std
+    dtype, mean, std = dtype_of(cfg), cfg.data.mean, cfg.data.std
 
     def move(x):
         return x.to(device, non_blocking=True)

@@ -34,11 +34,19 @@ import eval_knn
 import train as train_script
 from attention import check_backend
 from checkpoint import Checkpoints, checkpoints
-from config import UserError
+from config import Config, UserError
 from dinov2 import build_network, ema_update, objective
 from losses import SoftmaxCentering, ibot_loss, koleo_loss, sinkhorn_knopp
 from optim import clip_each_part, schedules, set_schedule
-from parallel import process_group, ranks, replicate, sum_over_ranks, whole, wrap
+from parallel import (
+    dtype_of,
+    process_group,
+    ranks,
+    replicate,
+    sum_over_ranks,
+    whole,
+    wrap,
+)
 from train import backward, build, seeded, to_device
 
 CPU = torch.device("cpu")
@@ -491,6 +499,15 @@ def test_compiled_blocks_give_the_same_losses_in_every_mode(folder, one):
 
 
 @pytest.mark.parametrize(
+    "has, dtype", [("avx512_bf16", "bfloat16"), ("amx_bf16", "bfloat16"), ("avx2", "float32")]
+)
+def test_precision_auto_is_bf16_where_the_processor_multiplies_it(monkeypatch, has, dtype):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {has: True, "avx512_fp16": False})
+    assert dtype_of(Config(device="cpu")) == getattr(torch, dtype)
+    assert dtype_of(Config(device="cpu", precision="bf16")) == torch.bfloat16
+
+
+@pytest.mark.parametrize(
     ("world", "words", "says"),
     [
         (2, "", "2 processes with parallel=none: use parallel=ddp or parallel=fsdp"),
@@ -501,7 +518,7 @@ def test_compiled_blocks_give_the_same_losses_in_every_mode(folder, one):
         (None, "attention=flash3", "attention=flash3 is unknown: use one of auto, "),
         (None, "attention=xformers", "xformers has no kernel for cpu: use attention=auto"),
         (None, "attention=varlen", "varlen has no kernel for cpu: use attention=auto"),
-        (None, "precision=fp16", "precision=fp16 needs a GPU: use precision=bf16 or fp32"),
+        (None, "precision=fp16", "precision=fp16 needs a GPU: use precision=auto"),
         (None, "precision=fp16 device=auto", "precision=fp16 needs a CUDA device, this is cpu"),
         (None, "device=cuda", "device=cuda, but PyTorch sees no CUDA device: use device=cpu"),
     ],
