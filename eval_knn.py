@@ -18,7 +18,6 @@ import os
 import statistics
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 
@@ -129,33 +128,41 @@ def evaluate(
 ):
     """k-NN accuracy in percent: {"knn_10": .., "knn_20": .., "knn_10_top5": .., ...}.
 
+    sources     (labelled training images, test images)
     neighbours  None: those of the official protocol of which there are so many training images
     per_class   also few-shot with so many images of each class, and `tries` draws
     cache       folder that keeps the features;  keep="cpu": see extract_features
+    Raises UserError if a class has no training image, or k is larger than their number.
     """
+
+    def extract(source, what):
+        what = f"k-NN, {what} images"
+        if cache:
+            return cached_features(cache, backbone, source, cfg, device, what, keep)
+        return extract_features(backbone, source, cfg, device, what, keep)
+
     training = backbone.training
     backbone.eval()
-    extract = extract_features
-    if cache:
-        extract = lambda *args: cached_features(cache, *args)  # noqa: E731
-    train, test = (
-        labelled(*extract(backbone, source, cfg, device, f"k-NN, {what} images", keep))
-        for source, what in zip(sources, ("training", "test"), strict=True)
-    )
+    train = labelled(*extract(sources[0], "training"))
+    test = labelled(*extract(sources[1], "test"))
     backbone.train(training)
-    names, count = sources[0].classes, len(train[1])
-    if not len(test[1]):
+    classes, count = sources[0].classes, len(train[1])
+    check_classes(train[1], test[1], classes)
+    k = neighbours or [k for k in NEIGHBOURS if k <= count] or [count]
+    result = accuracies(train, test, len(classes), k, device)
+    for n in per_class:
+        k = neighbours or NEIGHBOURS
+        result |= few_shot(train, test, len(classes), k, n, tries, device)
+    return result
+
+
+def check_classes(label_N, label_M, names):
+    if not len(label_M):
         raise UserError("no labelled test image: data.val needs a sub-folder for each class")
-    missing = set(test[1].tolist()) - set(train[1].tolist())
+    missing = set(label_M.tolist()) - set(label_N.tolist())
     if missing:
         missing = ", ".join(names[c] for c in sorted(missing))
         raise UserError(f"no training image of class {missing}: k-NN cannot find it")
-    k = neighbours or [k for k in NEIGHBOURS if k <= count] or [count]
-    result = accuracies(train, test, len(names), k, device)
-    for n in per_class:
-        few = few_shot(train, test, len(names), neighbours or NEIGHBOURS, n, tries, device)
-        result |= few
-    return result
 
 
 # ---- command line -------------------------------------------------------------------------------
@@ -180,25 +187,27 @@ Keys override the config of the run (a released network has crops.global_size=22
 
 
 def parse(words):
-    """(options, overrides of the config) from the words after RUN."""
-    o = SimpleNamespace(k=None, per_class=[], tries=[5], cache="", features="", floors=False)
-    overrides = []
+    """(arguments of evaluate, whether floors are asked for, overrides of the config)."""
+    options, overrides, floors = {}, [], False
     for word in words:
         key, _, text = word.partition("=")
         if word == "--floors":
-            o.floors = True
+            floors = True
         elif key in ("k", "per_class", "tries"):
             numbers = text.split(",")
             if not all(n.isdecimal() and int(n) for n in numbers):
                 raise UserError(f"{word}: write whole numbers above 0, as in {key}=5")
-            setattr(o, key, [int(n) for n in numbers])
-        elif key in ("cache", "features"):
-            setattr(o, key, text)
+            numbers = [int(n) for n in numbers]
+            options[{"k": "neighbours"}.get(key, key)] = numbers[0] if key == "tries" else numbers
+        elif key == "cache":
+            options["cache"] = text
+        elif key == "features":
+            if text != "cpu":
+                raise UserError(f"{word}: write features=cpu, or leave it out")
+            options["keep"] = text
         else:
             overrides.append(word)
-    if o.features not in ("", "cpu"):
-        raise UserError(f"features={o.features}: it is cpu, or left out")
-    return o, overrides
+    return options, floors, overrides
 
 
 def settle(cfg, overrides, backbone, run):
@@ -232,47 +241,57 @@ def labelled_sources(cfg):
 
 
 def table(columns):
-    """One line for each figure of the first column, with those of the others beside it."""
-    first, *others = columns.values()
-    width = max(map(len, first))
-    if others:
+    """The figures of {title: scores} as lines, one column for each title."""
+    first = next(iter(columns.values()))
+    width = max(16, *map(len, first))
+    if len(columns) > 1:
         yield " " * width + "".join(f"{title:>20}" for title in columns)
-    for name, value in first.items():
+    for name in first:
         if not name.endswith("_std"):
-            spread = f" ± {first[f'{name}_std']:.2f}" if f"{name}_std" in first else ""
-            more = "".join(f"{other[name]:>18.2f} %" for other in others)
-            yield f"{name:<{max(width, 16)}}{value:6.2f} %{spread}{more}"
+            yield f"{name:<{width}}" + "".join(cell(scores, name) for scores in columns.values())
+
+
+def cell(scores, name):
+    spread = scores.get(f"{name}_std")
+    return f"{scores[name]:10.2f} %" + ("" if spread is None else f" ± {spread:5.2f}").ljust(8)
 
 
 @config.report_errors
 def main(argv):
     run, words = config.main_arguments(argv, USAGE)
-    options, overrides = parse(words)
+    options, floors, overrides = parse(words)
     backbone, cfg = load_backbone(run, with_config=True)
     settle(cfg, overrides, backbone, run)
-    sources = labelled_sources(cfg)
+    train, test = sources = labelled_sources(cfg)
     with process_group(cfg) as (device, rank, _):
-        say = print if rank == 0 else lambda text: None
-        train, test = sources
-        say(f"{len(train)} training, {len(test)} test images, {len(train.classes)} classes")
-        more = (options.k, options.per_class, options.tries[0], options.cache, options.features)
-        backbone = backbone.to(device)
-        columns = {"this network": evaluate(backbone, sources, cfg, device, *more)}
-        if options.floors:
-            random = untrained(backbone, cfg.seed)
-            columns["untrained network"] = evaluate(random, sources, cfg, device, *more)
-            more = (*more[:3], "", options.features)  # raw pixels are larger than images: no cache
-            columns["raw pixels"] = evaluate(RawPixels(), sources, cfg, device, *more)
-        for line in table(columns):
-            say(line)
-    if rank == 0 and Path(run).is_dir():
-        result, *floors = columns.values()
-        for words, floor in zip(("random", "pixels"), floors, strict=False):
-            result |= {f"{name}_{words}": value for name, value in floor.items()}
-        try:
-            Path(run, "knn.json").write_text(json.dumps(result, indent=1) + "\n")
-        except OSError as error:
-            raise UserError(f"{run}/knn.json: cannot be written ({error.strerror})") from None
+        if rank == 0:
+            print(f"{len(train)} training, {len(test)} test images, {len(train.classes)} classes")
+        networks = {"this network": backbone.to(device)}
+        if floors:
+            networks["untrained network"] = untrained(backbone, cfg.seed)
+            networks["raw pixels"] = RawPixels()
+        columns = {
+            title: evaluate(network, sources, cfg, device, **options)
+            for title, network in networks.items()
+        }
+    if rank == 0:
+        print("\n".join(line.rstrip() for line in table(columns)))
+        if Path(run).is_dir():
+            keep_scores(Path(run, "knn.json"), columns)
+
+
+def keep_scores(path, columns):
+    """Scores as in the table; those of a floor are called knn_20_random or knn_20_pixels."""
+    endings = ("", "_random", "_pixels")
+    result = {
+        name + ending: value
+        for ending, scores in zip(endings, columns.values(), strict=False)
+        for name, value in scores.items()
+    }
+    try:
+        path.write_text(json.dumps(result, indent=1) + "\n")
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror})") from None
 
 
 if __name__ == "__main__":

@@ -14,11 +14,13 @@ normalised and in fp32, and returns the two tokens most used:
     images (B, C, H, W) -> cls (B, D), patches (B, N, D), both normalised
 """
 
+import copy
 import json
 import sys
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import nn
 
@@ -31,11 +33,11 @@ class FixedSize(nn.Module):
 
     def __init__(self, backbone, rows, columns):
         super().__init__()
-        self.backbone = backbone
+        self.backbone = copy.copy(backbone)  # with the same weights
         # Other programs do not resize as PyTorch does (ONNX has no antialiased bicubic), so the
         # positions become a constant.
         positions = backbone.interpolate_pos_encoding(rows, columns).detach().clone()
-        backbone.interpolate_pos_encoding = lambda *_: positions
+        self.backbone.interpolate_pos_encoding = lambda *_: positions
 
     def forward(self, images):
         tokens = self.backbone.forward_features(images)
@@ -67,6 +69,12 @@ def export_network(backbone, path, height, width):
     p, channels = backbone.patch, backbone.patch_embed.proj.in_channels
     if height % p or width % p or not height or not width:
         raise UserError(f"size={height}x{width}: height and width must be multiples of {p}")
+    if path.suffix == ".onnx":
+        try:
+            import onnx  # noqa: F401
+            import onnxscript  # noqa: F401
+        except ImportError as error:
+            raise UserError(f"{path}: {error}; pip install onnx onnxscript") from None
     network = FixedSize(backbone, height // p, width // p).eval()
     images = torch.zeros(2, channels, height, width)
     shapes = ({0: torch.export.Dim("batch", min=1)},)
@@ -74,11 +82,6 @@ def export_network(backbone, path, height, width):
         program = torch.export.export(network, (images,), dynamic_shapes=shapes)
         if path.suffix == ".pt2":
             return torch.export.save(program, path)
-        try:
-            import onnx  # noqa: F401
-            import onnxscript  # noqa: F401
-        except ImportError as error:
-            raise UserError(f"{path}: {error}; pip install onnx onnxscript") from None
         names = {"input_names": ["images"], "output_names": ["cls", "patches"]}
         # One ONNX file holds 2 GB; larger networks have their weights in PATH.data beside it.
         large = sum(4 * value.numel() for value in backbone.parameters()) > 2**30
@@ -109,7 +112,7 @@ def main(argv):
     try:
         export(backbone, path, *(size or [cfg.crops.global_size] * 2))
     # RuntimeError: how torch.save reports a folder that is not there.
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, SafetensorError) as error:
         if isinstance(error, RuntimeError) and Path(path).absolute().parent.is_dir():
             raise
         reason = " ".join(str(error).split())

@@ -64,6 +64,8 @@ def cached_features(folder, backbone, source, cfg, device, what, keep=None):
     The file is named after everything that the features depend on, so that it is never used for
     another network, data set or size.
     """
+    if not hasattr(backbone, "blocks"):  # raw pixels: larger than the images that they come from
+        return extract_features(backbone, source, cfg, device, what, keep)
     path = Path(folder, f"{fingerprint(backbone, source, cfg)}.safetensors")
     if all(lists_of_ranks([path.exists()])):  # ranks agree: extracting is work for all of them
         try:

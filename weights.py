@@ -67,7 +67,7 @@ def load_backbone(path, with_config=False):
             cfg.attention = "auto"
             backbone = build_backbone(cfg)
         else:
-            backbone = VisionTransformer(**architecture(state, path) | about)
+            backbone = VisionTransformer(**architecture(state, path, about))
             cfg = evaluation_config(backbone)
     fill(backbone, state, path, "the file is damaged, or holds another network")
     return (backbone.eval(), cfg) if with_config else backbone.eval()
@@ -103,11 +103,12 @@ def check_shape(name, value, shape, title, fix):
 # ---- what network a file holds ------------------------------------------------------------------
 
 
-def architecture(state, path):
+def architecture(state, path, about):
     """Arguments of VisionTransformer, read off the shapes of tensors under the released names.
 
-    Two things have no shape. Heads: those of SIZES, else one per 64 channels, as in all released
-    networks. Positions: offset 0.1, or with registers none but antialias, as released.
+    Two things have no shape, and if the file does not say them (`about`) are as in the released
+    networks. Heads: those of SIZES, else one per 64 channels. How positions are resized: with an
+    offset of 0.1, or for registers with antialias.
     """
 
     def shape(name, axes):
@@ -128,7 +129,7 @@ def architecture(state, path):
     registers = shape("register_tokens", 3)[1] if "register_tokens" in state else 0
     known = {size[:2]: size[2] for size in SIZES.values()}
     heads = known.get((dim, depth), dim // 64)
-    if not heads or dim % heads:
+    if "size" not in about and (not heads or dim % heads):
         raise UserError(
             f"{path}: {dim} channels do not tell the number of heads; use the run folder or "
             "a .safetensors of export.py, which do"
@@ -142,6 +143,7 @@ def architecture(state, path):
         "layerscale": 1e-5 if "blocks.0.ls1.gamma" in state else 0,
         "interpolate_offset": 0.0 if registers else 0.1,
         "interpolate_antialias": bool(registers),
+        **about,
     }
 
 
