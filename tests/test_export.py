@@ -5,6 +5,7 @@ Run: pytest tests/test_export.py        (seconds; other sizes and ONNX, a minute
 
 import pytest
 import torch
+from test_readme import README, commands
 from test_vit import close
 from test_weights import lively
 
@@ -111,6 +112,21 @@ def test_a_run_is_exported_from_the_command_line(run_folder, capsys):
         export.main([str(run_folder), str(path)])
         assert f"wrote {path}" in capsys.readouterr().out
         assert torch.equal(load_backbone(path)(images), expected)
+
+
+def readme_commands():
+    for words in commands(README, "export.py"):
+        form = words[1].rpartition(".")[2]
+        marks = {"safetensors": (), "pth": ()}.get(form, pytest.mark.slow)
+        yield pytest.param(words, id=" ".join(words), marks=marks)
+
+
+@pytest.mark.parametrize("words", readme_commands())
+def test_a_command_of_the_readme_runs(run_folder, words):
+    if words[1].endswith(".onnx"):
+        pytest.importorskip("onnxscript")
+    export.main([str(run_folder), str(run_folder / words[1]), *words[2:]])
+    assert (run_folder / words[1]).stat().st_size > 4e6  # 1.2 million parameters
 
 
 BAD = [
