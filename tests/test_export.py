@@ -121,7 +121,7 @@ def readme_commands():
         yield pytest.param(words, id=" ".join(words), marks=marks)
 
 
-@pytest.mark.parametrize("words", readme_commands())
+@pytest.mark.parametrize("words", list(readme_commands()))
 def test_a_command_of_the_readme_runs(run_folder, words):
     if words[1].endswith(".onnx"):
         pytest.importorskip("onnxscript")
