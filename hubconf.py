@@ -5,8 +5,9 @@
     torch.hub.load(..., "dinov2_vitl14", source="local", pretrained=False, img_size=224)
 
 dinov2_vits14, dinov2_vitb14, dinov2_vitl14, dinov2_vitg14, and each with _reg: the network as
-released, in eval mode. `forward`, `forward_features` and `get_intermediate_layers` are the official
-ones. The heads for classes and depth (_lc, _ld, _dd) are not here.
+released. `forward`, `forward_features` and `get_intermediate_layers` are the official ones. Not
+here are the heads for classes and depth (_lc, _ld, _dd). The files of this folder are modules with
+plain names (config, data, ...): a program that has imported its own by such a name cannot use both.
 """
 
 import torch as _torch
@@ -40,6 +41,8 @@ def _entry_point(name):
             "interpolate_antialias": bool(registers),
         }
         options = {_OPTIONS.get(key, key): value for key, value in options.items()}
+        # Differs from the official code, which returns the network in training mode: in eval mode
+        # stochastic depth, if asked for, waits for .train(); without it both compute the same.
         if not pretrained:
             return _vit.VisionTransformer(size, **as_released | options).eval()
         with _torch.device("meta"):  # shapes only: the values come from the file

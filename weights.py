@@ -149,6 +149,7 @@ def architecture(state, path, about):
 
 def evaluation_config(backbone):
     """A Config to evaluate a released network: 224 px, as officially, or less if it is for less."""
+    # Differs from the official code, which evaluates in fp16 (autocast): fp32 runs everywhere.
     cfg, patch = Config(precision="fp32"), backbone.patch
     sizes = {size[:2]: name for name, size in SIZES.items()}
     shape = (backbone.dim, backbone.depth)

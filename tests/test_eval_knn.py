@@ -228,7 +228,9 @@ def test_another_network_data_set_or_size_has_another_name_in_the_cache(tmp_path
         cfg = config()
         setattr(cfg.data, key, value)
         names.append(fingerprint(net, source, cfg))
-    names.append(fingerprint(net, source, Config(precision="bf16")))
+    cfg = config()
+    cfg.precision = "bf16"
+    names.append(fingerprint(net, source, cfg))
     names.append(fingerprint(net, sources([0, 2, 1], [0])[0], config()))  # other labels
     names.append(fingerprint(net, Part(source, [0, 1]), config()))
     source.images[1, 2, 3, 0] ^= 1  # one pixel
