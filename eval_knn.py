@@ -1,93 +1,79 @@
 """How good are frozen features? Weighted k-nearest-neighbour classification, as DINOv2 reports it.
 
-    python eval_knn.py RUN                        a run of ours on the data of its config
-    python eval_knn.py RUN data.root=/photos      on another labelled folder
+    python eval_knn.py RUN                          a run of ours on the data of its config
+    python eval_knn.py RUN data.root=/photos        on another labelled folder, list, shards, array
+    python eval_knn.py dinov2_vits14 data.root=...  released weights by name, or a file of them
+    python eval_knn.py RUN per_class=1,5 --floors   few-shot; what needs no training
+    torchrun --nproc_per_node=8 eval_knn.py RUN     the same figures, sooner
 
 A test image is classified by the labelled training images nearest to it: nothing is trained, so the
 number speaks for the features alone. (DINOv2 section 7.1 and appendix B.3; Wu et al. 2018.)
 
 Shapes:  N training images   M test images   D channels   C classes   k neighbours
+         lower-case n, m: a chunk of them
 """
 
 import json
+import os
+import statistics
 import sys
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
-from tqdm import tqdm
 
 import config
 import data
 from config import UserError
-from parallel import dtype_of, gather_from_ranks, pick_device, ranks
+from features import RawPixels, cached_features, extract_features, untrained
+from parallel import process_group
 from weights import load_backbone
 
 NEIGHBOURS = (10, 20, 100, 200)
 TEMPERATURE = 0.07
-
-
-@torch.no_grad()
-def extract_features(backbone, source, cfg, device, what="features"):
-    """L2-normalised [CLS] of every image of a source, (N, D) fp32, and labels (N,), on device.
-
-    Each rank works on its share of the images; all of them get all features.
-    """
-    # no_grad, not inference_mode: sharded weights are gathered into tensors that training uses too.
-    features, labels = [], []
-    rank, world = ranks()
-    batches = data.evaluation_batches(source, cfg, device=device, rank=rank, world=world)
-    show = None if rank == 0 else True  # None: if this is a terminal
-    with tqdm(total=len(source), desc=what, unit=" images", leave=False, disable=show) as bar:
-        for image_BCHW, label_B in batches:
-            cls_BD = backbone(image_BCHW.to(dtype_of(cfg)))
-            features.append(F.normalize(cls_BD.float(), dim=1))
-            labels.append(label_B.to(device))
-            bar.update(len(label_B) * world)
-    return in_order(torch.cat(features), len(source)), in_order(torch.cat(labels), len(source))
-
-
-def in_order(own, total):
-    """The rows of all ranks, each of which has every `world`-th, as the source has them."""
-    rows, _ = gather_from_ranks(own)
-    return rows.unflatten(0, (ranks()[1], -1)).transpose(0, 1).flatten(0, 1)[:total]
-
-
-class RawPixels(torch.nn.Module):
-    """The floor: an image, standardised as the network gets it, is its own feature vector.
-
-    A harder floor than the bare values in [0, 1]: on CIFAR-10 45.9 % against 36.3 % (k = 20).
-    """
-
-    def forward(self, image_BCHW):
-        return image_BCHW.flatten(1)
+CHUNK_M, CHUNK_N = 4096, 16384  # similarities worked out at once: 256 MB
 
 
 @torch.inference_mode()
-def knn_probabilities(train_ND, label_N, test_MD, classes, neighbours=NEIGHBOURS, temp=TEMPERATURE):
+def knn_probabilities(
+    train_ND, label_N, test_MD, classes, neighbours=NEIGHBOURS, temp=TEMPERATURE, device=None
+):
     """Votes of the k nearest training images for each class: {k: (M, C)}.
 
         vote_c = sum over the k nearest i of class c:  softmax_i(cos(test, train_i) / temp)
 
     The softmax runs over the largest k for every k, as in the official code, so smaller k sum to
-    less than one; the winner is the same. Features are L2-normalised. Test images go in chunks, so
-    the M x N similarities never exist at once.
+    less than one; the winner is the same. Features are L2-normalised. They are compared in chunks,
+    on `device` (default: where the test features are), so that neither the M x N similarities nor
+    all training features need to be there at once.
     """
-    largest = max(neighbours)
+    largest, device = max(neighbours), device or test_MD.device
     if largest > len(train_ND):
         raise UserError(
             f"k={largest} neighbours, but only {len(train_ND)} training images: lower k"
         )
     votes = {k: [] for k in neighbours}
-    chunk = max(1, 2**26 // len(train_ND))  # 256 MB of similarities
-    for test_mD in test_MD.split(chunk):
-        similarity_mk, nearest_mk = (test_mD @ train_ND.T).topk(largest, dim=1)  # nearest first
+    for test_mD in test_MD.split(CHUNK_M):
+        similarity_mk, label_mk = nearest(test_mD.to(device), train_ND, label_N, largest)
         weight_mk = (similarity_mk / temp).softmax(dim=1)
-        label_mk = label_N[nearest_mk]
         for k in neighbours:
-            vote_mC = torch.zeros(len(test_mD), classes, device=test_mD.device)
+            vote_mC = torch.zeros(len(test_mD), classes, device=device)
             votes[k].append(vote_mC.scatter_add_(1, label_mk[:, :k], weight_mk[:, :k]))
     return {k: torch.cat(chunks) for k, chunks in votes.items()}
+
+
+def nearest(test_mD, train_ND, label_N, k):
+    """Similarity and label of the k nearest training images, nearest first: (m, k) each."""
+    similarity_mk = test_mD.new_empty(len(test_mD), 0)
+    label_mk = label_N.new_empty(len(test_mD), 0, device=test_mD.device)
+    for train_nD, label_n in zip(train_ND.split(CHUNK_N), label_N.split(CHUNK_N), strict=True):
+        similarity_mn = test_mD @ train_nD.to(test_mD.device).T
+        found_mk, index_mk = similarity_mn.topk(min(k, len(train_nD)), dim=1)
+        # The best of the chunks so far and of this one.
+        similarity_mk = torch.cat((similarity_mk, found_mk), dim=1)
+        label_mk = torch.cat((label_mk, label_n.to(test_mD.device)[index_mk]), dim=1)
+        similarity_mk, order_mk = similarity_mk.topk(min(k, similarity_mk.shape[1]), dim=1)
+        label_mk = label_mk.gather(1, order_mk)
+    return similarity_mk, label_mk
 
 
 def top_accuracy(vote_MC, label_M, top=1):
@@ -96,67 +82,216 @@ def top_accuracy(vote_MC, label_M, top=1):
     return 100 * (best == label_M.unsqueeze(1)).any(dim=1).sum().item() / len(label_M)
 
 
+def accuracies(train, test, classes, neighbours, device):
+    """{"knn_10": .., "knn_20": .., "knn_10_top5": .., ...} from (features, labels) of both."""
+    votes = knn_probabilities(*train, test[0], classes, neighbours, device=device)
+    label_M = test[1].to(device)
+    top1 = {f"knn_{k}": top_accuracy(vote, label_M) for k, vote in votes.items()}
+    return top1 | {f"knn_{k}_top5": top_accuracy(vote, label_M, 5) for k, vote in votes.items()}
+
+
+def few_shot(train, test, classes, neighbours, n, tries, device):
+    """Accuracies with n training images of each class, drawn anew `tries` times.
+
+    Returns {"knn_5_per_class_5": mean, "knn_5_per_class_5_std": spread over the tries, ...} for k
+    up to n and for n itself. Classes, images and k are those of the official protocol.
+    """
+    neighbours = sorted(k for k in {*neighbours, n} if k <= n)
+    results = [
+        accuracies([x[rows] for x in train], test, classes, neighbours, device)
+        for rows in (draw(train[1], n, seed) for seed in range(tries))
+    ]
+    scores = {}
+    for name in results[0]:
+        values = [result[name] for result in results]
+        scores[f"{name}_per_class_{n}"] = statistics.fmean(values)
+        scores[f"{name}_per_class_{n}_std"] = statistics.stdev(values) if tries > 1 else 0.0
+    return scores
+
+
+def draw(label_N, n, seed):
+    """Rows of n random images of each class, or of all it has if these are fewer."""
+    generator = torch.Generator().manual_seed(seed)
+    rows = [(label_N == c).nonzero().flatten() for c in label_N.unique()]
+    return torch.cat(
+        [r[torch.randperm(len(r), generator=generator)[:n].to(r.device)] for r in rows]
+    )
+
+
 def labelled(features, labels):
     """Without the images that lie beside the folders of the classes."""
     return features[labels >= 0], labels[labels >= 0]
 
 
-def evaluate(backbone, sources, cfg, device, neighbours=NEIGHBOURS):
-    """k-NN accuracy in percent: {"knn_10": .., "knn_20": .., "knn_10_top5": .., ...}."""
+def evaluate(
+    backbone, sources, cfg, device, neighbours=None, per_class=(), tries=5, cache="", keep=None
+):
+    """k-NN accuracy in percent: {"knn_10": .., "knn_20": .., "knn_10_top5": .., ...}.
+
+    sources     (labelled training images, test images)
+    neighbours  None: those of the official protocol of which there are so many training images
+    per_class   also few-shot with so many images of each class, and `tries` draws
+    cache       folder that keeps the features;  keep="cpu": see extract_features
+    Raises UserError if a class has no training image, or k is larger than their number.
+    """
+
+    def extract(source, what):
+        what = f"k-NN, {what} images"
+        if cache:
+            return cached_features(cache, backbone, source, cfg, device, what, keep)
+        return extract_features(backbone, source, cfg, device, what, keep)
+
     training = backbone.training
     backbone.eval()
-    train, test = sources
-    train_ND, label_N = labelled(
-        *extract_features(backbone, train, cfg, device, "k-NN, training images")
-    )
-    test_MD, label_M = labelled(*extract_features(backbone, test, cfg, device, "k-NN, test images"))
+    train = labelled(*extract(sources[0], "training"))
+    test = labelled(*extract(sources[1], "test"))
     backbone.train(training)
+    classes, count = sources[0].classes, len(train[1])
+    check_classes(train[1], test[1], classes)
+    k = neighbours or [k for k in NEIGHBOURS if k <= count] or [count]
+    result = accuracies(train, test, len(classes), k, device)
+    for n in per_class:
+        k = neighbours or NEIGHBOURS
+        result |= few_shot(train, test, len(classes), k, n, tries, device)
+    return result
+
+
+def check_classes(label_N, label_M, names):
     if not len(label_M):
         raise UserError("no labelled test image: data.val needs a sub-folder for each class")
     missing = set(label_M.tolist()) - set(label_N.tolist())
     if missing:
-        names = ", ".join(train.classes[c] for c in sorted(missing))
-        raise UserError(f"no training image of class {names}: k-NN cannot find it")
-    neighbours = [k for k in neighbours if k <= len(train_ND)] or [len(train_ND)]
-    votes = knn_probabilities(train_ND, label_N, test_MD, len(train.classes), neighbours)
-    top1 = {f"knn_{k}": top_accuracy(vote, label_M) for k, vote in votes.items()}
-    return top1 | {f"knn_{k}_top5": top_accuracy(vote, label_M, 5) for k, vote in votes.items()}
+        missing = ", ".join(names[c] for c in sorted(missing))
+        raise UserError(f"no training image of class {missing}: k-NN cannot find it")
 
+
+# ---- command line -------------------------------------------------------------------------------
 
 USAGE = """
-usage: python eval_knn.py RUN [key=value ...]
+usage: python eval_knn.py RUN [--floors] [option=value ...] [key=value ...]
+       torchrun --nproc_per_node=8 eval_knn.py RUN ...         the same figures by 8 processes
 
 Classifies the test images of a labelled data set by their nearest training images, with the frozen
-backbone in RUN (a run folder or a checkpoint file). Keys override the config of the run:
+backbone in RUN: a run folder, a file (.pt, .pth, .safetensors), or a released name (dinov2_vits14,
+dinov2_vitb14_reg, ...). Options:
+  k=10,20          neighbours; default 10,20,100,200
+  per_class=1,5    few-shot: also with so many training images of each class,
+  tries=5          drawn anew so often: mean and standard deviation
+  cache=FOLDER     keep the features there, and use them again
+  features=cpu     where they wait meanwhile, if the GPU has too little memory for all
+  --floors         also an untrained network and the raw pixels
+Keys override the config of the run (a released network has crops.global_size=224, precision=fp32):
   python eval_knn.py runs/default
   python eval_knn.py runs/default data.root=/photos data.val=/other/photos precision=fp32
 """
 
 
-@config.report_errors
-def main(argv):
-    run, overrides = config.main_arguments(argv, USAGE)
-    backbone, cfg = load_backbone(run, with_config=True)
+def parse(words):
+    """(arguments of evaluate, whether floors are asked for, overrides of the config)."""
+    options, overrides, floors = {}, [], False
+    for word in words:
+        key, _, text = word.partition("=")
+        if word == "--floors":
+            floors = True
+        elif key in ("k", "per_class", "tries"):
+            numbers = text.split(",")
+            if not all(n.isdecimal() and int(n) for n in numbers):
+                raise UserError(f"{word}: write whole numbers above 0, as in {key}=5")
+            numbers = [int(n) for n in numbers]
+            options[{"k": "neighbours"}.get(key, key)] = numbers[0] if key == "tries" else numbers
+        elif key == "cache":
+            options["cache"] = text
+        elif key == "features":
+            if text != "cpu":
+                raise UserError(f"{word}: write features=cpu, or leave it out")
+            options["keep"] = text
+        else:
+            overrides.append(word)
+    return options, floors, overrides
+
+
+def settle(cfg, overrides, backbone, run):
+    """Apply the overrides, and refuse those that the backbone cannot follow."""
+    before = config.to_dict(cfg)["vit"]
     for word in overrides:
         config.override(cfg, word)
     config.check(cfg)
-    device = pick_device(cfg.device)
+    for key, value in config.to_dict(cfg)["vit"].items():
+        if value != before[key]:
+            raise UserError(f"vit.{key}={value}, but {run} has {before[key]}: leave the key out")
+    channels = backbone.patch_embed.proj.in_channels
+    if cfg.data.channels != channels:
+        raise UserError(
+            f"data.channels={cfg.data.channels}, but {run} reads {channels}: "
+            f"give images of {channels} channels"
+        )
+    # These are about training; here ranks only share out the images.
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    cfg.parallel, cfg.batch, cfg.accumulate = "ddp" if world > 1 else "none", world, 1
+
+
+def labelled_sources(cfg):
     sources = data.evaluation_images(cfg)
     if sources is None:
         data.open_source(cfg.data.root, cfg)  # if it is missing, it says so itself
         raise UserError(
             f"data.root={cfg.data.root}: no labelled train and test images; set data.val"
         )
-    train, test = sources
-    print(f"{len(train)} training, {len(test)} test images, {len(train.classes)} classes")
-    result = evaluate(backbone.to(device), sources, cfg, device)
-    for name, value in result.items():
-        print(f"{name:<16}{value:6.2f} %")
-    if Path(run).is_dir():
-        try:
-            Path(run, "knn.json").write_text(json.dumps(result, indent=1) + "\n")
-        except OSError as error:
-            raise UserError(f"{run}/knn.json: cannot be written ({error.strerror})") from None
+    return sources
+
+
+def table(columns):
+    """The figures of {title: scores} as lines, one column for each title."""
+    first = next(iter(columns.values()))
+    width = max(16, *map(len, first))
+    if len(columns) > 1:
+        yield " " * width + "".join(f"{title:>20}" for title in columns)
+    for name in first:
+        if not name.endswith("_std"):
+            yield f"{name:<{width}}" + "".join(cell(scores, name) for scores in columns.values())
+
+
+def cell(scores, name):
+    spread = scores.get(f"{name}_std")
+    return f"{scores[name]:10.2f} %" + ("" if spread is None else f" ± {spread:5.2f}").ljust(8)
+
+
+@config.report_errors
+def main(argv):
+    run, words = config.main_arguments(argv, USAGE)
+    options, floors, overrides = parse(words)
+    backbone, cfg = load_backbone(run, with_config=True)
+    settle(cfg, overrides, backbone, run)
+    train, test = sources = labelled_sources(cfg)
+    with process_group(cfg) as (device, rank, _):
+        if rank == 0:
+            print(f"{len(train)} training, {len(test)} test images, {len(train.classes)} classes")
+        networks = {"this network": backbone.to(device)}
+        if floors:
+            networks["untrained network"] = untrained(backbone, cfg.seed)
+            networks["raw pixels"] = RawPixels()
+        columns = {
+            title: evaluate(network, sources, cfg, device, **options)
+            for title, network in networks.items()
+        }
+    if rank == 0:
+        print("\n".join(line.rstrip() for line in table(columns)))
+        if Path(run).is_dir():
+            keep_scores(Path(run, "knn.json"), columns)
+
+
+def keep_scores(path, columns):
+    """Scores as in the table; those of a floor are called knn_20_random or knn_20_pixels."""
+    endings = ("", "_random", "_pixels")
+    result = {
+        name + ending: value
+        for ending, scores in zip(endings, columns.values(), strict=False)
+        for name, value in scores.items()
+    }
+    try:
+        path.write_text(json.dumps(result, indent=1) + "\n")
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror})") from None
 
 
 if __name__ == "__main__":

@@ -3,19 +3,28 @@
 Run: pytest tests/test_eval_knn.py        (seconds; helpers are in tests/running.py)
 """
 
+import copy
 import json
+import os
 import pathlib
 import re
 
 import numpy as np
 import pytest
 import torch
-from running import make_photos, run, tiny
+from running import call, make_photos, run, tiny
+from test_parallel import be_rank, launch
 
 import eval_knn
+import export
+import features
+import prepare
 from config import Config, UserError
-from eval_knn import knn_probabilities, top_accuracy
-from sources import Arrays
+from data import Part
+from eval_knn import draw, few_shot, knn_probabilities, top_accuracy
+from features import fingerprint
+from sources import Arrays, open_source
+from vit import VisionTransformer
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 
@@ -56,6 +65,14 @@ def test_chunks_change_nothing(golden):
             torch.testing.assert_close(joined, vote, rtol=0, atol=1e-6)
 
 
+def test_chunks_of_training_images_change_nothing(golden, monkeypatch):
+    whole = votes_of(golden)
+    monkeypatch.setattr(eval_knn, "CHUNK_M", 5)
+    monkeypatch.setattr(eval_knn, "CHUNK_N", 7)  # fewer than the largest k
+    for k, vote in votes_of(golden).items():
+        torch.testing.assert_close(vote, whole[k], rtol=0, atol=1e-6)
+
+
 def test_the_textbook_loop_gives_the_same(golden):
     train, label, T = golden["train_features"], golden["train_labels"], float(golden["T"])
     vote = votes_of(golden)[10][0]
@@ -75,6 +92,47 @@ def test_more_neighbours_than_training_images_are_refused(golden):
         votes_of(golden | few)
 
 
+# ---- few-shot -----------------------------------------------------------------------------------
+
+
+def official_draw(labels, n, seed):
+    """Rows of n images of each class as the official protocol draws them: one seed for a try."""
+    torch.manual_seed(seed)
+    rows = []
+    for c in sorted(set(labels.tolist())):
+        own = torch.tensor([i for i, label in enumerate(labels.tolist()) if label == c])
+        rows += own[torch.randperm(len(own))[:n]].tolist()
+    return rows
+
+
+@pytest.mark.parametrize("n", [1, 3, 1000])
+def test_few_shot_draws_the_images_of_the_official_protocol(golden, n):
+    labels = golden["train_labels"]
+    for seed in range(3):
+        rows = draw(labels, n, seed)
+        assert rows.tolist() == official_draw(labels, n, seed)
+        per_class = labels.bincount()
+        assert torch.equal(labels[rows].bincount(), per_class.clamp(max=n))
+
+
+def test_few_shot_gives_mean_and_spread_over_the_tries(golden):
+    train = golden["train_features"], golden["train_labels"]
+    test = golden["test_features"], golden["test_labels"]
+    classes = int(golden["num_classes"])
+    scores = few_shot(train, test, classes, (2, 10), 3, tries=4, device="cpu")
+    ks = [2, 3]  # of those asked for, the ones up to n, and n
+    expected = {f"knn_{k}{end}_per_class_3" for k in ks for end in ("", "_top5")}
+    assert {name for name in scores if not name.endswith("_std")} == expected
+    tries = []
+    for seed in range(4):
+        rows = official_draw(train[1], 3, seed)
+        vote = knn_probabilities(train[0][rows], train[1][rows], test[0], classes, (2, 3))[3]
+        tries.append(top_accuracy(vote, test[1]))
+    assert len(set(tries)) > 1
+    assert scores["knn_3_per_class_3"] == pytest.approx(np.mean(tries))
+    assert scores["knn_3_per_class_3_std"] == pytest.approx(np.std(tries, ddof=1))
+
+
 # ---- from images --------------------------------------------------------------------------------
 
 
@@ -89,10 +147,14 @@ def sources(train_labels, test_labels):
     return source(train_labels), source(test_labels)
 
 
-def evaluate(*labels):
-    cfg = Config()
-    cfg.crops.global_size, cfg.data.workers, cfg.precision = 16, 0, "fp32"
-    return eval_knn.evaluate(eval_knn.RawPixels(), sources(*labels), cfg, "cpu", (2,))
+def config(size=16):
+    cfg = Config(precision="fp32")
+    cfg.crops.global_size, cfg.data.workers = size, 0
+    return cfg
+
+
+def evaluate(*labels, k=(2,)):
+    return eval_knn.evaluate(eval_knn.RawPixels(), sources(*labels), config(), "cpu", k)
 
 
 def test_a_class_without_training_images_is_named():
@@ -108,10 +170,94 @@ def test_images_without_a_label_do_not_vote():
 
 def test_a_training_network_stays_one():
     backbone = eval_knn.RawPixels().train()
-    cfg = Config()
-    cfg.crops.global_size, cfg.data.workers = 16, 0
-    eval_knn.evaluate(backbone, sources([0, 1, 2], [0, 1, 2]), cfg, "cpu")
+    eval_knn.evaluate(backbone, sources([0, 1, 2], [0, 1, 2]), config(), "cpu")
     assert backbone.training
+
+
+def test_k_is_what_was_asked_for_or_what_is_possible():
+    assert evaluate([0, 1, 2], [0], k=None).keys() == {"knn_3", "knn_3_top5"}
+    with pytest.raises(UserError, match="k=4 neighbours, but only 3 training images: lower k"):
+        evaluate([0, 1, 2], [0], k=(1, 4))
+
+
+def test_features_that_wait_on_the_cpu_give_the_same():
+    both = sources([0, 1, 2] * 5, [0, 1, 2])
+    figures = [
+        eval_knn.evaluate(eval_knn.RawPixels(), both, config(), "cpu", keep=keep)
+        for keep in (None, "cpu")
+    ]
+    assert figures[0] == figures[1]
+
+
+# ---- the cache ----------------------------------------------------------------------------------
+
+
+def cached(folder, source, cfg, backbone, monkeypatch=None):
+    if monkeypatch:  # from now on, extracting is a mistake
+        monkeypatch.setattr(features, "extract_features", None)
+    return features.cached_features(folder, backbone, source, cfg, "cpu", "x")
+
+
+def test_cached_features_are_those_that_were_extracted_once(tmp_path, monkeypatch):
+    net, (source, _) = VisionTransformer("nano", 8, 16).eval(), sources([0, 1, 2], [0])
+    expected = features.extract_features(net, source, config(), "cpu")
+    first = cached(tmp_path / "new", source, config(), net)
+    again = cached(tmp_path / "new", source, config(), net, monkeypatch)
+    for found in first, again:
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    (path,) = (tmp_path / "new").iterdir()
+    path.write_bytes(path.read_bytes()[:40])
+    with pytest.raises(UserError, match=r"safetensors: cannot be read .*delete this file"):
+        cached(tmp_path / "new", source, config(), net)
+
+
+def test_another_network_data_set_or_size_has_another_name_in_the_cache(tmp_path):
+    net, (source, _) = VisionTransformer("nano", 8, 16), sources([0, 1, 2], [0])
+    names = [fingerprint(net, source, config())]
+    assert fingerprint(copy.deepcopy(net), source, config()) == names[0]
+    names.append(fingerprint(VisionTransformer("nano", 8, 16), source, config()))  # other weights
+    for key, value in {"interpolate_offset": 0.0, "interpolate_antialias": True}.items():
+        other = copy.deepcopy(net)
+        setattr(other, key, value)
+        names.append(fingerprint(other, source, config()))
+    other = copy.deepcopy(net)
+    other.blocks[0].attn.heads = 2
+    names.append(fingerprint(other, source, config()))
+    names.append(fingerprint(net, source, config(24)))
+    for key, value in {"mean": (0.0,) * 3, "std": (1.0,) * 3}.items():
+        cfg = config()
+        setattr(cfg.data, key, value)
+        names.append(fingerprint(net, source, cfg))
+    cfg = config()
+    cfg.precision = "bf16"
+    names.append(fingerprint(net, source, cfg))
+    names.append(fingerprint(net, sources([0, 2, 1], [0])[0], config()))  # other labels
+    names.append(fingerprint(net, Part(source, [0, 1]), config()))
+    source.images[1, 2, 3, 0] ^= 1  # one pixel
+    names.append(fingerprint(net, source, config()))
+    assert len(set(names)) == len(names)
+
+
+@pytest.mark.parametrize("form", ["folder", "list", "shards", "array"])
+def test_a_source_whose_files_change_has_another_name_in_the_cache(tmp_path, form):
+    photos = make_photos(tmp_path / "photos", [("train", 4)])
+    picture = sorted(photos.rglob("*.png"))[0]
+    root, changed = photos / "train", picture
+    if form == "list":
+        root = tmp_path / "all.csv"
+        root.write_text("".join(f"{path},a\n" for path in sorted(photos.rglob("*.png"))))
+    elif form == "shards":
+        prepare.main(["pack", str(photos / "train"), f"to={tmp_path / 'tars'}", "data.workers=0"])
+        root, changed = tmp_path / "tars", next((tmp_path / "tars").glob("*.tar"))
+    elif form == "array":
+        root = changed = tmp_path / "all.npy"
+        np.save(root, np.zeros((4, 16, 16, 3), np.uint8))
+    net = VisionTransformer("nano", 8, 16)
+    name = fingerprint(net, open_source(root, Config()), config())
+    assert fingerprint(net, open_source(root, Config()), config()) == name
+    status = changed.stat()
+    os.utime(changed, ns=(status.st_atime_ns, status.st_mtime_ns + 10**9))
+    assert fingerprint(net, open_source(root, Config()), config()) != name
 
 
 # ---- the command --------------------------------------------------------------------------------
@@ -130,14 +276,79 @@ def test_the_command_prints_the_figure_of_the_summary(tmp_path, trained):
     summary = json.loads((trained / "summary.json").read_text())
     told = run(tmp_path, [str(trained)], program="eval_knn")
     assert told.code == 0, told.err
-    figures = {name: float(value) for name, value in re.findall(r"(knn_\w+) +([\d.]+) %", told.out)}
+    figures = figures_of(told.out)
     assert figures["knn_20"] == pytest.approx(summary["knn"], abs=0.005)  # two digits are printed
     assert figures.keys() == {name for name in summary if re.match(r"knn_\d", name)}
     assert json.loads((trained / "knn.json").read_text())["knn_20"] == summary["knn"]
 
 
+def figures_of(text):
+    return {name: float(value) for name, value in re.findall(r"(knn_\w+) +([\d.]+) %", text)}
+
+
+def test_floors_are_those_of_the_training_and_few_shot_has_a_spread(tmp_path, trained):
+    summary = json.loads((trained / "summary.json").read_text())
+    words = [str(trained), "--floors", "per_class=1,3", "tries=2", "k=20"]
+    told = run(tmp_path, [*words, f"cache={tmp_path / 'cache'}"], program="eval_knn")
+    assert told.code == 0, told.err
+    kept = json.loads((trained / "knn.json").read_text())
+    assert kept["knn_20"] == summary["knn"]
+    for floor in "random", "pixels":
+        assert kept[f"knn_20_{floor}"] == summary[f"knn_{floor}"]
+    line = next(line for line in told.out.splitlines() if line.startswith("knn_3_per_class_3 "))
+    values = [float(value) for value in re.findall(r"[\d.]+(?= %)", line)]
+    assert values == pytest.approx(
+        [kept[f"knn_3_per_class_3{end}"] for end in ("", "_random", "_pixels")], abs=0.005
+    )
+    assert line.count("±") == 3
+    assert len(list((tmp_path / "cache").iterdir())) == 4  # two networks, training and test
+    again = run(tmp_path, [*words, f"cache={tmp_path / 'cache'}"], program="eval_knn")
+    assert again.out == told.out
+
+
+def be_rank_and_evaluate(rank, world, port, words, folder):
+    be_rank(rank, world, port)
+    call("eval_knn", words, f"{folder}/{rank}.out", f"{folder}/{rank}.err", "fork", None)
+
+
+@pytest.mark.parametrize("world", [2])
+def test_ranks_print_the_same_figures_once(tmp_path, trained, world):
+    words = [str(trained), "per_class=3", f"cache={tmp_path / 'cache'}"]
+    alone = run(tmp_path / "alone", [*words, "cache="], program="eval_knn")
+    for _ in "extracted", "from the cache":
+        codes = launch(world, be_rank_and_evaluate, words, str(tmp_path))
+        assert codes == [0] * world, (tmp_path / "1.err").read_text()
+        assert (tmp_path / "0.out").read_text() == alone.out
+        assert (tmp_path / "1.out").read_text() == ""
+
+
+@pytest.mark.parametrize("ending", [".pth", ".safetensors"])
+def test_a_file_under_the_released_names_is_evaluated_too(tmp_path, trained, ending):
+    photos = trained.parent / "photos"
+    export.main([str(trained), str(tmp_path / f"x{ending}")])
+    words = [str(tmp_path / f"x{ending}"), f"data.root={photos}", "data.workers=0"]
+    words += ["data.mean=[.5,.5,.5]", "data.std=[.25,.25,.25]"]  # which the file does not hold
+    told = run(tmp_path, words, program="eval_knn")
+    assert told.code == 0, told.err
+    summary = json.loads((trained / "summary.json").read_text())
+    assert figures_of(told.out)["knn_20"] == pytest.approx(summary["knn"], abs=0.005)
+
+
 BAD = [
     (["/nowhere"], "/nowhere: no such file"),
+    (["{run}", "k=10,61"], "k=61 neighbours, but only 60 training images: lower k"),
+    (["{run}", "k=ten"], "k=ten: write whole numbers above 0"),
+    (["{run}", "tries=0"], "tries=0: write whole numbers above 0"),
+    (["{run}", "features=gpu"], "write features=cpu, or leave it out"),
+    (["{run}", "--floor"], "unknown option --floor"),
+    (["{run}", "vit.size=large"], "vit.size=large, but {run} has nano: leave the key out"),
+    (["{run}", "crops.global_size=4"], "crops.global_size=4 is not a multiple of vit.patch=8"),
+    (
+        ["{run}", "data.channels=1", "data.mean=[.5]", "data.std=[.2]"],
+        "data.channels=1, but {run} reads 3: give images of 3 channels",
+    ),
+    (["{run}", "data.val={flat}"], "no labelled test image"),
+    (["{run}", "data.root={one}/train", "data.val={one}/val"], "class light"),
     (["{run}", "data.root=/nowhere"], "/nowhere: no such folder"),
     (["{run}", "data.root={flat}"], "set data.val"),
     (["{run}", "optim.lrr=1"], "did you mean optim.lr?"),
@@ -146,9 +357,10 @@ BAD = [
 
 @pytest.mark.parametrize("words, expected", BAD)
 def test_bad_input_is_one_line(trained, capsys, words, expected):
-    flat = trained.parent / "photos" / "val" / "dark"
+    names = {"run": trained, "flat": trained.parent / "photos" / "val" / "dark"}
+    names["one"] = make_photos(trained.parent / "one", [("train", 1), ("val", 2)])  # one is dark
     with pytest.raises(SystemExit) as leaving:
-        eval_knn.main([word.format(run=trained, flat=flat) for word in words])
+        eval_knn.main([word.format(**names) for word in words])
     line = capsys.readouterr().err
     assert leaving.value.code == 2 and line.startswith("error: ") and line.count("\n") == 1
-    assert expected in line
+    assert expected.format(**names) in line

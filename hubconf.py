@@ -1,0 +1,66 @@
+"""The entry points of the official repository: code written for its torch.hub runs on this one.
+
+    torch.hub.load("/path/to/this/folder", "dinov2_vits14", source="local")
+    torch.hub.load(..., "dinov2_vitb14_reg", source="local", weights="dinov2_vitb14_reg4.pth")
+    torch.hub.load(..., "dinov2_vitl14", source="local", pretrained=False, img_size=224)
+
+dinov2_vits14, dinov2_vitb14, dinov2_vitl14, dinov2_vitg14, and each with _reg: the network as
+released. `forward`, `forward_features` and `get_intermediate_layers` are the official ones. Not
+here are the heads for classes and depth (_lc, _ld, _dd). The files of this folder are modules with
+plain names (config, data, ...): a program that has imported its own by such a name cannot use both.
+"""
+
+import torch as _torch
+
+import vit as _vit
+import weights as _weights
+
+dependencies = ["torch", "numpy", "yaml", "tqdm", "safetensors"]
+_SIZES = {"s": "small", "b": "base", "l": "large", "g": "giant2"}
+# Keyword of the official constructor: ours.
+_OPTIONS = {
+    "img_size": "image_size",
+    "patch_size": "patch",
+    "in_chans": "channels",
+    "num_register_tokens": "registers",
+    "init_values": "layerscale",
+    "drop_path_rate": "drop_path",
+    "drop_path_uniform": "drop_path_uniform",
+    "interpolate_offset": "interpolate_offset",
+    "interpolate_antialias": "interpolate_antialias",
+}
+
+
+def _entry_point(name):
+    size, registers = _SIZES[name[len("dinov2_vit")]], 4 if name.endswith("_reg") else 0
+
+    def load(*, pretrained=True, weights="LVD142M", **options):
+        as_released = {
+            "registers": registers,
+            "interpolate_offset": 0.0 if registers else 0.1,
+            "interpolate_antialias": bool(registers),
+        }
+        options = {_OPTIONS.get(key, key): value for key, value in options.items()}
+        # Differs from the official code, which returns the network in training mode: in eval mode
+        # stochastic depth, if asked for, waits for .train(); without it both compute the same.
+        if not pretrained:
+            return _vit.VisionTransformer(size, **as_released | options).eval()
+        with _torch.device("meta"):  # shapes only: the values come from the file
+            backbone = _vit.VisionTransformer(size, **as_released | options)
+        path = _weights.teacher_file(name if weights == "LVD142M" else weights)
+        state, _ = _weights.contents(path)
+        _weights.fill(backbone, state, path, f"the file is not of {name} with these options")
+        return backbone.eval()
+
+    load.__name__ = name
+    load.__doc__ = f"""DINOv2 ViT-{size}/14 with {registers} registers.
+
+    pretrained  False: random weights, as training begins
+    weights     "LVD142M" (the released ones, fetched once), or a file or run folder of ours
+    options     of the network, by their official names: {", ".join(_OPTIONS)}
+    """
+    return load
+
+
+for _name in _weights.RELEASED:
+    globals()[_name] = _entry_point(_name)
