@@ -59,7 +59,7 @@ def keep_frame(step, backbone, source, cfg, count=4):
         ) from None
 
 
-def animate(run, path, milliseconds=500, side=200):
+def animate(run, path, milliseconds=500, side=160):
     """PCA colours of the images in RUN/frames, which train.py kept at each k-NN evaluation."""
     files = sorted(Path(run, "frames").glob("*.npz"))
     if len(files) < 2:

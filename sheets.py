@@ -123,27 +123,33 @@ def bands(rows, path, side=160, per_row=8):
 
     rows     [(title, pictures, words)], as many pictures in each; words stand below them, or None.
              A picture is uint8 (H, W, C), or None for an empty place
+    side     the longer one of each picture
     per_row  more pictures than this begin a further set of bands
     """
-    gap, head = 6, 28
+    gap, head, foot = 6, 28, 20
     count = len(rows[0][1])
-    sets = [range(i, min(i + per_row, count)) for i in range(0, count, per_row)]
-    width = gap + min(count, per_row) * (side + gap)
-    width = max([width] + [math.ceil(2 * gap + font(13).getlength(row[0])) for row in rows])
-    feet = [18 if words else 0 for _, _, words in rows]
-    height = len(sets) * sum(head + side + foot for foot in feet) + gap
-    sheet = Image.new("RGB", (width, height), PAPER)
-    y = 0
-    for places in sets:
-        for (title, pictures, words), foot in zip(rows, feet, strict=True):
-            caption(sheet, gap, head, title, y)
-            for column, i in enumerate(places):
-                x = gap + column * (side + gap)
-                if pictures[i] is not None:
-                    paste(sheet, pictures[i], x, y + head, side)
+    # An empty place in the first row is a narrow one in all.
+    wide = [gap + (2 * gap if picture is None else side) for picture in rows[0][1][:per_row]]
+    left = [gap + sum(wide[:i]) for i in range(len(wide) + 1)]
+    width = max([left[-1]] + [math.ceil(2 * gap + font(13).getlength(row[0])) for row in rows])
+    parts = []
+    for start in range(0, count, per_row):
+        for title, pictures, words in rows:
+            shown = [p if p is None else fit(picture(p), side) for p in pictures[start:][:per_row]]
+            height = max(image.height for image in shown if image)
+            above, below = head if title else gap, foot if words else 0
+            band = Image.new("RGB", (width, above + height + below), PAPER)
+            caption(band, gap, head, title)
+            for i, image in enumerate(shown):
+                x = left[i]
+                if image:
+                    band.paste(image, (x, above + (height - image.height) // 2))
                 if words:
-                    caption(sheet, x, foot, shortened(words[i], side), y + head + side)
-            y += head + side + foot
+                    caption(band, x, foot, shortened(words[start + i], side), above + height)
+            parts.append(band)
+    sheet = Image.new("RGB", (width, sum(band.height for band in parts) + gap), PAPER)
+    for i, band in enumerate(parts):
+        sheet.paste(band, (0, sum(above.height for above in parts[:i])))
     return write(sheet, path)
 
 
@@ -179,16 +185,24 @@ def overlay(pixels, values, side):
     values = np.asarray(values.resize(image.size, Image.Resampling.BICUBIC)).clip(0)
     values = (values - values.min()) / max(values.max() - values.min(), 1e-12)
     grey = np.asarray(image.convert("L"), np.float32)[:, :, None]
-    share = 0.35 + 0.6 * values[:, :, None]
-    return (grey * 0.9 * (1 - share) + heat(values) * share).clip(0, 255).astype(np.uint8)
+    share = 0.15 + 0.8 * values[:, :, None]
+    return (grey * (1 - share) + heat(values) * share).clip(0, 255).astype(np.uint8)
+
+
+def tinted(pixels, colours):
+    """An image in the colours (h, w, 3) of its patches: its own light remains, its hue does not."""
+    image = picture(pixels)
+    image = image.resize([n * max(1, -(-400 // min(image.size))) for n in image.size], 0)
+    colours = np.asarray(picture(colours).resize(image.size, Image.Resampling.NEAREST))
+    light = np.asarray(image.convert("L"), np.float32)[:, :, None] / 255
+    return (colours * (0.55 + 0.45 * light)).astype(np.uint8)
 
 
 def position_colours(rows, columns):
-    """uint8 (rows, columns, 3): neighbours alike, places far apart unlike."""
+    """uint8 (rows, columns, 3): hue goes with the column, depth with the row."""
     y, x = np.mgrid[0 : 1 : rows * 1j, 0 : 1 : columns * 1j]
-    corners = np.array([[230, 60, 60], [250, 210, 60], [60, 90, 220], [70, 200, 120]])
-    shares = [(1 - y) * (1 - x), (1 - y) * x, y * (1 - x), y * x]
-    return sum(s[:, :, None] * c for s, c in zip(shares, corners, strict=True)).astype(np.uint8)
+    hsv = np.stack([216 * x, 110 + 145 * y, 255 - 110 * y], axis=-1).astype(np.uint8)
+    return np.asarray(Image.fromarray(hsv, "HSV").convert("RGB"))
 
 
 class Pair:

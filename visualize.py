@@ -15,7 +15,7 @@ Words after these, as key=value:
               0: as many as give 24 rows and columns
   window      pixels a side read in one pass, larger images in overlapping windows; 0: 64 patches
   layer       block to look into, from 0, or from the end: -1 is the last
-  foreground  pca: true finds the objects by the first component, and colours only them
+  foreground  pca, match: true finds the objects by the first component, and shows only them
   head        attention: only this head, from 0; otherwise all, and their mean
   points      match: keypoints in the first image, .json or .csv (see matching.py); if they are
               known in the second too, the share that is found (PCK) is measured
@@ -52,7 +52,7 @@ OPTIONS = {
     "pca": {"out": "", **READING, "window": 0, "foreground": False},
     "attention": {"out": "", **READING, "head": -1},
     "match": {"out": "", **READING, "window": 0, "points": "", "alpha": 0.1, "extra": "",
-              "weight": 0.5, "save": ""},
+              "weight": 0.5, "save": "", "foreground": False},
     "neighbours": {"out": "", "data": "", "count": 8},
     "animation": {"out": ""},
 }  # fmt: skip
@@ -128,25 +128,27 @@ def pca(network, files, o, path):
     return sheets.bands(rows, path, side=160 if len(files) > 4 else 240)
 
 
-def attention(network, files, o, path, side=176):
+def attention(network, files, o, path):
     """For each image a row for [CLS] and for each register: the mean of the heads, and each."""
     network.check(o)
     depth, rows = network.net.depth, []
+    heads = range(network.net.blocks[0].attn.heads) if o.head < 0 else [o.head]
+    columns = len(heads) + (2 if o.head < 0 else 1)
+    columns = columns if columns <= 14 else -(-columns // 2)
+    side = min(max(1300 // columns, 140), 260)
     for file in files:
         image = network.read(file)
         maps, shares = attention_maps(network.net, image, *network.norm, o.layer, o.size, o.shifts)
-        heads = range(maps.shape[1]) if o.head < 0 else [o.head]
         for token, (map_AHW, share_A) in enumerate(zip(maps, shares, strict=True)):
             name = f"register {token}" if token else "[CLS]"
-            title = f"{Path(file).name}: attention of {name} in block {o.layer} of 0 to {depth - 1}"
+            title = f"{Path(file).name}: attention of {name}, block {o.layer} (of 0 to {depth - 1})"
             pictures = [sheets.overlay(image, map_AHW[head], side) for head in heads]
             words = [f"head {head}, {share_A[head]:.0%} on patches" for head in heads]
             if o.head < 0:
                 pictures.insert(0, sheets.overlay(image, map_AHW.mean(dim=0), side))
                 words.insert(0, f"mean, {share_A.mean():.0%} on patches")
             rows.append((title, [image, *pictures], ["image", *words]))
-    per_row = len(rows[0][1])
-    return sheets.bands(rows, path, side, per_row if per_row <= 14 else -(-per_row // 2))
+    return sheets.bands(rows, path, side, columns)
 
 
 # ---- matching -----------------------------------------------------------------------------------
@@ -165,19 +167,21 @@ def match(network, files, o, path):
         extra = matching.read_features(o.extra, [m.shape[:2] for m in maps])
         maps = [matching.fuse(*both, o.weight) for both in zip(maps, extra, strict=True)]
     pairs, _ = matching.mutual_nearest(*maps)
+    keep = foreground(maps) if o.foreground else [torch.ones(m.shape[:2]).bool() for m in maps]
+    pairs = pairs[keep[0].flatten()[pairs[:, 0]] & keep[1].flatten()[pairs[:, 1]]]
     place, _ = matching.nearest(maps[1], maps[0])
     wheel = sheets.position_colours(*maps[0].shape[:2])
+    fields = [wheel, wheel.reshape(-1, 3)[place.numpy()]]
+    fields = [f * k.numpy()[:, :, None] for f, k in zip(fields, keep, strict=True)]
     page = sheets.Pair(images, 3 if points else 2)
-    page.title(
-        f"mutual nearest patches: {len(pairs):,} of {maps[0].shape[0] * maps[0].shape[1]:,}, "
-        "the best of each region drawn"
-    )
+    count = f"{len(pairs):,} of {keep[0].sum():,}"
+    page.title(f"mutual nearest patches: {count}, of which the best of each region")
     page.show(*images)
     for i, j in best_of_regions(pairs, maps[0].shape):
         ends = [matching.centres(p, m, s) for p, m, s in zip((i, j), maps, sizes, strict=True)]
         page.connect(*ends, colour="#{:02x}{:02x}{:02x}".format(*wheel.reshape(-1, 3)[i]))
     page.title("every patch on the right has the colour of its nearest on the left")
-    page.show(wheel, wheel.reshape(-1, 3)[place.numpy()])
+    page.show(*(sheets.tinted(*both) for both in zip(images, fields, strict=True)))
     if points:
         found, _ = matching.transfer(points[0], *maps, *sizes)
         page.title(keypoint_title(found, points, sizes[1], o.alpha))
