@@ -33,6 +33,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 import curves
 import eval_knn
@@ -90,10 +91,9 @@ class Network:
         return image
 
     def features(self, images, o):
-        return [
-            patch_features(self.net, image, *self.norm, o.size, o.shifts, o.window, o.layer)
-            for image in images
-        ]
+        more = o.size, o.shifts, o.window, o.layer
+        bar = tqdm(images, "patch features", unit=" images", leave=False, disable=None)
+        return [patch_features(self.net, image, *self.norm, *more) for image in bar]
 
     def check(self, o):
         """Options that depend on the network, refused or completed."""
@@ -125,7 +125,7 @@ def pca(network, files, o, path):
     if o.foreground:
         colours = pca_colours(features, foreground(features))
         rows.append(("PCA of the foreground", colours, None))
-    return sheets.bands(rows, path, side=160 if len(files) > 4 else 240)
+    return sheets.bands(rows, path, side=min(max(1200 // len(files), 160), 240))
 
 
 def attention(network, files, o, path):
@@ -136,17 +136,17 @@ def attention(network, files, o, path):
     columns = len(heads) + (2 if o.head < 0 else 1)
     columns = columns if columns <= 14 else -(-columns // 2)
     side = min(max(1300 // columns, 140), 260)
-    for file in files:
+    for file in tqdm(files, "attention", unit=" images", leave=False, disable=None):
         image = network.read(file)
         maps, shares = attention_maps(network.net, image, *network.norm, o.layer, o.size, o.shifts)
         for token, (map_AHW, share_A) in enumerate(zip(maps, shares, strict=True)):
             name = f"register {token}" if token else "[CLS]"
             title = f"{Path(file).name}: attention of {name}, block {o.layer} (of 0 to {depth - 1})"
             pictures = [sheets.overlay(image, map_AHW[head], side) for head in heads]
-            words = [f"head {head}, {share_A[head]:.0%} on patches" for head in heads]
+            words = [f"head {head}, {100 * share_A[head]:.0f} % on patches" for head in heads]
             if o.head < 0:
                 pictures.insert(0, sheets.overlay(image, map_AHW.mean(dim=0), side))
-                words.insert(0, f"mean, {share_A.mean():.0%} on patches")
+                words.insert(0, f"mean, {100 * share_A.mean():.0f} % on patches")
             rows.append((title, [image, *pictures], ["image", *words]))
     return sheets.bands(rows, path, side, columns)
 

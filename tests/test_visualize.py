@@ -4,12 +4,14 @@ Run: pytest tests/test_visualize.py        (helpers that run train.py are in tes
 """
 
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from running import make_photos, run, tiny
+from running import ROOT, make_photos, run, tiny
 
 import sheets
 import visualize
@@ -197,6 +199,29 @@ def test_a_frame_that_cannot_be_read_is_named(draw, trained, tmp_path, capsys):
     with pytest.raises(SystemExit) as left:
         visualize.main(["animation", str(tmp_path)])
     assert left.value.code == 2 and "0000000.npz: cannot be read" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_two_ranks_with_sharded_weights_keep_the_frames_of_one(tmp_path):
+    photos = make_photos(tmp_path / "photos")
+    words = ["steps=2", "log.knn_every=1", "log.pictures=true"]
+    assert run(tmp_path, tiny(tmp_path / "one", photos, *words)).code == 0
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"]
+    launch += [str(ROOT / "train.py"), *tiny(tmp_path / "two", photos, *words, "parallel=fsdp")]
+    done = subprocess.run(launch, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    for name in ("0000000.npz", "0000001.npz", "0000002.npz"):
+        one, two = (frame(tmp_path / out / "frames" / name) for out in ("one", "two"))
+        assert all(np.allclose(one[key], two[key], atol=1e-2) for key in one)
+
+
+def test_the_islands_of_the_readme_are_those_that_the_script_draws(tmp_path):
+    script = ROOT / "scripts" / "draw_islands.py"
+    subprocess.run([sys.executable, str(script), str(tmp_path)], check=True, timeout=60)
+    assert (tmp_path / "islands.json").read_text() == (ROOT / "docs/islands.json").read_text()
+    for name in ("islands_1.png", "islands_2.png"):
+        new, old = (np.asarray(Image.open(p / name)).astype(int) for p in (tmp_path, ROOT / "docs"))
+        assert abs(new - old).max() <= 2
 
 
 # ---- bad input ----------------------------------------------------------------------------------
