@@ -18,7 +18,7 @@ import curves
 import data
 import sheets
 from config import UserError
-from parallel import ranks
+from parallel import DTYPES, ranks
 from patches import patch_features, steady_colours
 from plot import BLUE, INK, LIGHT, Page
 
@@ -40,7 +40,8 @@ def keep_frame(step, backbone, source, cfg, count=4):
     if not cfg.log.pictures:
         return
     images = spread_images(source, count)
-    features = [patch_features(backbone, i, cfg.data.mean, cfg.data.std) for i in images]
+    mean, std, dtype = cfg.data.mean, cfg.data.std, DTYPES[cfg.precision]
+    features = [patch_features(backbone, i, mean, std, dtype=dtype) for i in images]
     if ranks()[0]:
         return
     arrays = {f"features_{i}": f.half().numpy() for i, f in enumerate(features)}
@@ -101,6 +102,3 @@ def page_of(images, colours, step, last, knn, side, gap=8):
         for row, pixels in enumerate(pair):
             sheets.paste(sheet, pixels, gap + i * (side + gap), 52 + row * (side + gap), side)
     return sheet
-
-
-# ---- command line -------------------------------------------------------------------------------

@@ -6,7 +6,7 @@
     share = pck(found, truth, alpha, extent)       how many were found, as SPair-71k counts it
 
 Two networks often see different things: `fuse` joins their features, as "A Tale of Two Features"
-(Zhang et al. 2023, section 4) does with those of DINOv2 and of Stable Diffusion.
+(Zhang et al. 2023) does with those of DINOv2 and of Stable Diffusion.
 
 Shapes:  H W rows and columns of a feature map   D channels of a feature   K pairs, or points
 Points are (x, y) in pixels from the upper left corner of the image; sizes are (width, height).

@@ -26,6 +26,13 @@ FINE = 24  # rows and columns that a map has at least, if need be by shifts
 WINDOW = 64  # patches a side that are read in one pass, unless a window is asked for
 
 
+def anywhere(net):
+    """The network with attention that runs on any device in fp32, however it was trained."""
+    for block in net.blocks:
+        block.attn.backend = "auto"
+    return net
+
+
 # ---- reading an image ---------------------------------------------------------------------------
 
 
@@ -66,27 +73,29 @@ def enough_shifts(pixels, patch):
 
 
 @torch.no_grad()
-def patch_features(net, image, mean, std, size=0, shifts=0, window=0, layer=None):
+def patch_features(
+    net, image, mean, std, size=0, shifts=0, window=0, layer=None, dtype=torch.float32
+):
     """uint8 image of any size -> its patch features (H, W, D), fp32, on the CPU.
 
     size    pixels of the shorter side as the network gets it; 0: see to_pixels
     shifts  S; 0: as many as the map needs for FINE rows and columns
     window  pixels a side that are read in one pass; 0: WINDOW patches
     layer   the block whose output it is, under the final norm; None: the last
+    dtype   of the images, and so of what is computed
     """
     pixels = to_pixels(image, net.patch, mean, std, size).to(net.pos_embed.device)
     shifts = shifts or enough_shifts(pixels, net.patch)
-    views = shifted(pixels, net.patch, shifts)
+    views = shifted(pixels, net.patch, shifts).to(dtype)
     rows, columns = (n // net.patch for n in pixels.shape[2:])
     side = max(1, window // net.patch) if window else WINDOW
-    total, count = torch.zeros(1), torch.zeros(rows, columns, 1)
+    total, count = torch.zeros(len(views), rows, columns, net.dim), torch.zeros(rows, columns, 1)
     for top in starts(rows, side):
         for left in starts(columns, side):
             y, x = slice(top, min(top + side, rows)), slice(left, min(left + side, columns))
             y_px, x_px = (slice(s.start * net.patch, s.stop * net.patch) for s in (y, x))
-            tokens = patch_tokens(net, views[:, :, y_px, x_px], layer).float().cpu()
-            if total.dim() == 1:
-                total = torch.zeros(len(views), rows, columns, tokens.shape[-1])
+            parts = views[:, :, y_px, x_px].split(16)  # many shifts at once would need much memory
+            tokens = torch.cat([patch_tokens(net, part, layer).float().cpu() for part in parts])
             total[:, y, x] += tokens.unflatten(1, (y.stop - y.start, -1))
             count[y, x] += 1
     return interleave(total / count, shifts)
@@ -196,9 +205,9 @@ def as_maps(rows, features):
 def foreground(features):
     """Which patches show the objects: bool (H, W) per image, jointly over the images.
 
-    The first principal direction separates objects from what is around them (DINOv2 section 7.5
-    cuts it at a threshold chosen by eye). Here Otsu's threshold cuts it, and the foreground is the
-    side that is rarer along the borders of the images than inside.
+    The first principal direction separates objects from what is around them (DINOv2, section 7.5).
+    It is cut where Otsu's threshold lies, and the foreground is the side that is rarer along the
+    borders of the images than in them.
     """
     x_ND = torch.cat([f.flatten(0, 1) for f in features])
     mean_D, axis_D1 = principal_axes(x_ND, 1)

@@ -21,7 +21,7 @@ import sheets
 from augment import colour
 from frames import keep_frame, spread_images
 from parallel import materialize
-from patches import patch_features, pca_colours
+from patches import anywhere, patch_features, pca_colours
 from weights import load_backbone
 
 K_REPORTED = 20  # the `knn` of log and summary; the other k are in the summary
@@ -115,6 +115,6 @@ def draw_pca(source, cfg, path):
     images = spread_images(source, 8)
     rows = [("images", images, None)]
     for name, net in networks.items():
-        features = [patch_features(net, i, cfg.data.mean, cfg.data.std) for i in images]
+        features = [patch_features(anywhere(net), i, cfg.data.mean, cfg.data.std) for i in images]
         rows.append((f"PCA of patch features, {name}", pca_colours(features), None))
     sheets.bands(rows, path)

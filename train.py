@@ -130,8 +130,8 @@ def train(cfg, device, rank, world):
     for step, batch in enumerate(batches, start):
         if step == 0 or (cfg.log.knn_every and step % cfg.log.knn_every == 0):
             scores = evaluate(teacher.backbone, held_out, cfg, device, floors=step == 0)
-            report.evaluation(step, scores)
             keep_frame(step, teacher.backbone, held_out[1] if held_out else source, cfg)
+            report.evaluation(step, scores)
         report.skipped(step, batch.skipped)
         now = schedules(step, cfg)
         set_schedule(optimizer, now)

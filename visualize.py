@@ -43,7 +43,7 @@ import sheets
 from config import UserError, report_errors
 from data import Part, evaluation_images, open_source
 from parallel import pick_device
-from patches import attention_maps, foreground, patch_features, pca_colours
+from patches import anywhere, attention_maps, foreground, patch_features, pca_colours
 from sources import decode
 from weights import load_backbone
 
@@ -68,7 +68,7 @@ class Network:
 
     def __init__(self, run):
         net, self.cfg = load_backbone(run, with_config=True)
-        self.net = net.to(pick_device(self.cfg.device))
+        self.net = anywhere(net).to(pick_device(self.cfg.device))
         self.norm = self.cfg.data.mean, self.cfg.data.std
 
     def read(self, file):
@@ -76,12 +76,10 @@ class Network:
         channels, patch = self.cfg.data.channels, self.net.patch
         try:
             image = decode(Path(file).read_bytes(), str(file), channels)
-        except OSError as error:
-            raise UserError(f"{file}: {error.strerror}; give a picture or an .npy") from None
-        # A decoder fed with damaged bytes raises anything.
-        except Exception as error:
+        except Exception as error:  # a decoder fed with damaged bytes raises anything
+            reason = getattr(error, "strerror", None) or error
             raise UserError(
-                f"{file}: {error}; give a readable picture of {channels} channels, or an .npy"
+                f"{file}: {reason}; give a readable picture of {channels} channels, or an .npy"
             ) from None
         if min(image.shape[:2]) < patch:
             raise UserError(

@@ -166,7 +166,7 @@ def test_shifts_give_each_place_the_patch_around_it():
     """A network that returns the mean of each patch; the image is a slope, so the mean is where."""
 
     class Mean(torch.nn.Module):
-        patch, pos_embed = 4, torch.zeros(1)
+        patch, dim, pos_embed = 4, 3, torch.zeros(1)
 
         def forward(self, x, is_training):
             means = x.unflatten(3, (-1, 4)).unflatten(2, (-1, 4)).mean(dim=(3, 5))
