@@ -6,7 +6,8 @@
 An image of any size and proportions is read with interpolated positions. The map can be finer than
 the patches: the picture is read several times, each time moved by a part of a patch, and the grids
 are interleaved; nothing is smoothed or made up. A picture too large for one pass is read in
-windows that overlap by half, and features are averaged where they do.
+windows that overlap by half, and features are averaged where they do: the nearer a patch is to the
+middle of a window, the more it counts there, so that no edges show.
 
 Shapes:  H W rows and columns of the map   D features of a patch   N patches of all images together
          S shifts along each side, so S * S views of a picture   A attention heads
@@ -96,8 +97,9 @@ def patch_features(
             y_px, x_px = (slice(s.start * net.patch, s.stop * net.patch) for s in (y, x))
             parts = views[:, :, y_px, x_px].split(16)  # many shifts at once would need much memory
             tokens = torch.cat([patch_tokens(net, part, layer).float().cpu() for part in parts])
-            total[:, y, x] += tokens.unflatten(1, (y.stop - y.start, -1))
-            count[y, x] += 1
+            share = middle(y.stop - y.start)[:, None, None] * middle(x.stop - x.start)[:, None]
+            total[:, y, x] += share * tokens.unflatten(1, share.shape[:2])
+            count[y, x] += share
     return interleave(total / count, shifts)
 
 
@@ -107,6 +109,12 @@ def starts(length, side):
         return [0]
     last = math.ceil((length - side) / max(1, side // 2))
     return [round(i * (length - side) / last) for i in range(last + 1)]
+
+
+def middle(length):
+    """What each of so many patches counts: its distance to the nearer end, in patches."""
+    at = torch.arange(length) + 0.5
+    return torch.minimum(at, length - at)
 
 
 def patch_tokens(net, pixels, layer=None):
