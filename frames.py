@@ -18,7 +18,7 @@ import curves
 import data
 import sheets
 from config import UserError
-from parallel import DTYPES, ranks
+from parallel import dtype_of, ranks
 from patches import patch_features, steady_colours
 from plot import BLUE, INK, LIGHT, Page
 
@@ -40,7 +40,7 @@ def keep_frame(step, backbone, source, cfg, count=4):
     if not cfg.log.pictures:
         return
     images = spread_images(source, count)
-    mean, std, dtype = cfg.data.mean, cfg.data.std, DTYPES[cfg.precision]
+    mean, std, dtype = cfg.data.mean, cfg.data.std, dtype_of(cfg)
     features = [patch_features(backbone, i, mean, std, dtype=dtype) for i in images]
     if ranks()[0]:
         return
