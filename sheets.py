@@ -170,9 +170,8 @@ def heat(values):
     """Numbers 0..1 (H, W) -> uint8 (H, W, 3), from black over red to pale yellow."""
     stops = np.array([list(bytes.fromhex(code[1:])) for code in HEAT])
     at = np.linspace(0, 1, len(stops))
-    return np.stack([np.interp(values, at, stops[:, c]) for c in range(3)], axis=-1).astype(
-        np.uint8
-    )
+    channels = [np.interp(values, at, stops[:, c]) for c in range(3)]
+    return np.stack(channels, axis=-1).astype(np.uint8)
 
 
 def overlay(pixels, values, side):

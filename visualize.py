@@ -44,7 +44,7 @@ from config import UserError, report_errors
 from data import Part, evaluation_images, open_source
 from parallel import pick_device
 from patches import anywhere, attention_maps, foreground, patch_features, pca_colours
-from sources import decode
+from sources import decode, read_or_next
 from weights import load_backbone
 
 READING = {"size": 0, "shifts": 0, "layer": -1}
@@ -265,7 +265,11 @@ def neighbours(network, files, o, path):
     rows = []
     for query in range(len(queries)):
         found = list(zip(cosines[query].tolist(), nearest[query].tolist(), strict=True))
-        pictures = [queries.read(query), None, *(pool.read(i) for _, i in found)]
+        pictures = [
+            read_or_next(queries, query)[0],
+            None,
+            *(read_or_next(pool, i)[0] for _, i in found),
+        ]
         name = Path(files[query]).name if files else words_of(queries, query)
         words = [name, "", *(f"{cosine:.2f} {words_of(pool, i)}" for cosine, i in found)]
         rows.append(("" if rows else title, pictures, words))
@@ -320,7 +324,7 @@ def converted(word, value, default):
         kind = {bool: "true or false", int: "a whole number", float: "a number"}[type(default)]
         raise UserError(f"{word}: must be {kind}") from None
     key = word.partition("=")[0]
-    if (key in LEAST and value < LEAST[key]) or (key == "weight" and value > 1):
+    if (key in LEAST and not value >= LEAST[key]) or (key == "weight" and value > 1):
         raise UserError(f"{word}: must be {LEAST[key]} or more{', at most 1' * (key == 'weight')}")
     return value
 
@@ -333,12 +337,12 @@ def main(argv):
     command, run, files, o = parse(argv)
     name = NAMES.get(command, f"{command}.png")
     path = Path(o.out) if o.out else Path(run if Path(run).is_dir() else "", name)
-    if command in ("curves", "animation"):
-        where = {"curves": curves.draw, "animation": frames.animate}[command](run, path)
+    of_run = {"curves": curves.draw, "animation": frames.animate}
+    of_network = {"pca": pca, "attention": attention, "match": match, "neighbours": neighbours}
+    if command in of_run:
+        where = of_run[command](run, path)
     else:
-        where = {"pca": pca, "attention": attention, "match": match, "neighbours": neighbours}[
-            command
-        ](Network(run), files, o, path)
+        where = of_network[command](Network(run), files, o, path)
     print(f"wrote {where}")
 
 
