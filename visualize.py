@@ -263,16 +263,12 @@ def neighbours(network, files, o, path):
     cosines, nearest = (query_QD @ features_ND.T).topk(min(o.count, len(pool)), dim=1)
     title = f"query, and the most similar of {len(pool):,} images (cosine of [CLS] features)"
     rows = []
-    for query in range(len(queries)):
-        found = list(zip(cosines[query].tolist(), nearest[query].tolist(), strict=True))
-        pictures = [
-            read_or_next(queries, query)[0],
-            None,
-            *(read_or_next(pool, i)[0] for _, i in found),
-        ]
+    for query, (values, places) in enumerate(zip(cosines.tolist(), nearest.tolist(), strict=True)):
+        shown = [read_or_next(queries, query), *(read_or_next(pool, i) for i in places)]
+        first, *others = (image for image, _, _ in shown)
         name = Path(files[query]).name if files else words_of(queries, query)
-        words = [name, "", *(f"{cosine:.2f} {words_of(pool, i)}" for cosine, i in found)]
-        rows.append(("" if rows else title, pictures, words))
+        words = [f"{c:.2f} {words_of(pool, i)}" for c, i in zip(values, places, strict=True)]
+        rows.append(("" if rows else title, [first, None, *others], [name, "", *words]))
     return sheets.bands(rows, path, side=112, per_row=len(rows[0][1]))
 
 
