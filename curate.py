@@ -43,7 +43,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch.utils.data import DataLoader
 
-import visualize
+import sheets
 from config import UserError, report_errors
 from copies import S, components, near_copies, neighbours
 from data import centre_crop, open_source, resize, worker_options
@@ -251,15 +251,15 @@ def draw_sheet(pool, curated, against, fate, path, columns=12):
         words = {KEPT: "the curated image above", COPY: "the one that stays above"}
         band = Image.new("RGB", (sheet.width, height), PAPER)
         above = f", {words.get(kind, 'the evaluation image above')}" if fate[found[0]][1] else ""
-        visualize.caption(band, gap, head, f"{kind}: {len(found):,} images{above}")
+        sheets.caption(band, gap, head, f"{kind}: {len(found):,} images{above}")
         for column, i in enumerate(shown):
             x = gap + column * (side + gap)
             if fate[i][1]:
                 images, at = place[fate[i][1]]
-                visualize.paste(band, images.thumbs[at], x, head, side)
-            visualize.paste(band, pool.thumbs[i], x, head + side + gap, side)
+                sheets.paste(band, images.thumbs[at], x, head, side)
+            sheets.paste(band, pool.thumbs[i], x, head + side + gap, side)
         sheet.paste(band, (0, row * height))
-    return visualize.write(sheet, path)
+    return sheets.write(sheet, path)
 
 
 def parse(argv):

@@ -47,9 +47,12 @@ class Page:
             self.line([(x, y), (min(x + 5, x1), y)], colour, width)
 
     def dot(self, x, y, colour):
-        for radius, fill in [(4.4, PAPER), (3.2, colour)]:
-            corners = [(x - radius, y - radius), (x + radius, y + radius)]
-            self.draw.ellipse([(a * self.zoom, b * self.zoom) for a, b in corners], fill)
+        self.disc(x, y, 4.4, PAPER)
+        self.disc(x, y, 3.2, colour)
+
+    def disc(self, x, y, radius, colour):
+        corners = [(x - radius, y - radius), (x + radius, y + radius)]
+        self.draw.ellipse([(a * self.zoom, b * self.zoom) for a, b in corners], colour)
 
     def text(self, x, y, words, size=12, colour=INK, anchor="la"):
         at = (x * self.zoom, y * self.zoom)

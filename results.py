@@ -13,12 +13,15 @@ from pathlib import Path
 
 import torch
 
+import curves
 import data
 import dinov2
 import eval_knn
-import visualize
+import sheets
 from augment import colour
+from frames import keep_frame, spread_images
 from parallel import materialize
+from patches import anywhere, patch_features, pca_colours
 from weights import load_backbone
 
 K_REPORTED = 20  # the `knn` of log and summary; the other k are in the summary
@@ -47,6 +50,8 @@ def headline(scores):
 def final_report(report, backbone, source, held_out, cfg, device):
     """After the last step: k-NN with every k, the pictures of the run, and summary.json."""
     scores = eval_knn.evaluate(backbone, held_out, cfg, device) if held_out else {}
+    source = held_out[1] if held_out else source
+    keep_frame(cfg.steps, backbone, source, cfg)
     if report.rank:
         return
     knn, seconds = headline(scores), report.seconds()
@@ -61,8 +66,8 @@ def final_report(report, backbone, source, held_out, cfg, device):
         **scores,
     }
     if cfg.log.pictures:
-        visualize.curves(report.out)
-        draw_pca(held_out[1] if held_out else source, cfg, report.out / "pca.png")
+        curves.draw(report.out)
+        draw_pca(source, cfg, report.out / "pca.png")
     report.summary(summary)
     text = f"done: {summary['images']:,} images in {seconds:.0f} s"
     if held_out:
@@ -98,24 +103,18 @@ def draw_crops(source, cfg, path):
     small = small.unflatten(0, (cfg.crops.local_count, count))
     masks = batch.masks.unflatten(0, (2, count))
     rows = [[x[:, i] for i in range(count)] for x in (large, small, masks)]
-    visualize.crop_sheet(images, *rows, mean, std, path)
+    sheets.crop_sheet(images, *rows, mean, std, path)
 
 
-def draw_pca(source, cfg, path, count=8):
+def draw_pca(source, cfg, path):
     """PCA colours of images spread over a source, by the network before and after training."""
     with torch.device("meta"):
         untrained = dinov2.build_network(cfg, student=False)
     materialize(untrained, "cpu", cfg.seed)
     networks = {"untrained network": untrained.backbone.eval(), "trained": load_backbone(cfg.out)}
-    count = min(count, len(source))
-    # Spread over the source, and one further each time: labels that take turns are all met.
-    places = [(i * len(source) // count + i) % len(source) for i in range(count)]
-    images = [data.read_or_next(source, place)[0] for place in places]
-    columns = [
-        (
-            f"PCA of patch features, {name}",
-            [visualize.patch_features(net, image, cfg.data.mean, cfg.data.std) for image in images],
-        )
-        for name, net in networks.items()
-    ]
-    visualize.pca_sheet(images, columns, path)
+    images = spread_images(source, 8)
+    rows = [("images", images, None)]
+    for name, net in networks.items():
+        features = [patch_features(anywhere(net), i, cfg.data.mean, cfg.data.std) for i in images]
+        rows.append((f"PCA of patch features, {name}", pca_colours(features), None))
+    sheets.bands(rows, path)

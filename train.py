@@ -12,6 +12,7 @@ The method is in dinov2.py, its numbers are in config.yaml; `python train.py --h
     RUN/summary.json   at the end: knn, knn_random, knn_pixels, images, seconds
     RUN/teacher.pt     the trained teacher, for eval_knn.py, visualize.py and weights.py
     RUN/*.png          loss and k-NN over time, crops and masks, PCA colours before and after
+    RUN/frames/        features of a few images at each evaluation, for `visualize.py animation`
 """
 
 import os
@@ -26,6 +27,7 @@ import data
 from augment import colour
 from checkpoint import Checkpoints
 from dinov2 import build_centers, build_network, ema_update, objective
+from frames import keep_frame
 from optim import clip_each_part, param_groups, schedules, set_schedule
 from parallel import (
     dtype_of,
@@ -128,6 +130,7 @@ def train(cfg, device, rank, world):
     for step, batch in enumerate(batches, start):
         if step == 0 or (cfg.log.knn_every and step % cfg.log.knn_every == 0):
             scores = evaluate(teacher.backbone, held_out, cfg, device, floors=step == 0)
+            keep_frame(step, teacher.backbone, held_out[1] if held_out else source, cfg)
             report.evaluation(step, scores)
         report.skipped(step, batch.skipped)
         now = schedules(step, cfg)

@@ -1,322 +1,345 @@
-"""Pictures of a run: what the network was shown, how it learned, and what its features see.
+"""Pictures of what a network sees, and of how a run went.
 
-    python visualize.py curves RUN              losses, k-NN, signs of health -> RUN/curves.png
-    python visualize.py pca RUN IMAGE ...       colours of patch features     -> RUN/pca_images.png
-RUN is the `out` folder of a training run; `pca` also takes a file of weights.
+    python visualize.py curves     RUN              losses, k-NN, signs of health over the run
+    python visualize.py pca        RUN IMAGE ...    patch features as colours
+    python visualize.py attention  RUN IMAGE ...    what [CLS] and each register look at
+    python visualize.py match      RUN IMAGE IMAGE  which places of two images belong together
+    python visualize.py neighbours RUN [IMAGE ...]  the most similar images of a data set
+    python visualize.py animation  RUN              patch colours while the network learned
+RUN is a run folder or a file of weights. Each writes one picture and says where.
 
-  curves      one page from RUN/log.jsonl and RUN/summary.json
-  crop_sheet  each image, its crops as the network gets them, and the patches that are hidden
-  pca_sheet   patch features as colours: patches with like features get like colours, over all
-              images of the sheet, so that a part of an object has one colour wherever it is
-Drawn with Pillow alone. Arrays are uint8 (H, W, C); a picture of another number of channels than
-three shows the first three, or the first one as grey.
-
-Shapes:  H W rows and columns (of pixels, or of patches)   C channels   D features of a patch
-         N patches of all images together
+Words after these, as key=value:
+  out         where the picture goes; otherwise into RUN, or here if RUN is a file
+  size        pixels of the shorter side as the network gets it; 0: its own, at most 32 patches
+  shifts      times a side that an image is read, moved by parts of a patch, for a finer map;
+              0: as many as give 24 rows and columns
+  window      pixels a side read in one pass, larger images in overlapping windows; 0: 64 patches
+  layer       block to look into, from 0, or from the end: -1 is the last
+  foreground  pca, match: true finds the objects by the first component, and shows only them
+  head        attention: only this head, from 0; otherwise all, and their mean
+  points      match: keypoints in the first image, .json or .csv (see matching.py); if they are
+              known in the second too, the share that is found (PCK) is measured
+  alpha       match: how near counts as found, as a share of the longer side
+  extra       match: features of another network, .npz of a and b, to be joined with these
+  weight      match: share of the extra features, 0 to 1
+  save        match: write the features of this network as such an .npz
+  data        neighbours: data set to search, as data.root; otherwise that of the run
+  count       neighbours: how many
 """
 
-import contextlib
-import json
-import math
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw
+from tqdm import tqdm
 
+import curves
+import eval_knn
+import frames
+import matching
+import sheets
 from config import UserError, report_errors
-from plot import BLUE, GREEN, GREY, INK, ORANGE, PAPER, PINK, SKY, Line, Page, font, panel
+from data import Part, evaluation_images, open_source
+from parallel import pick_device
+from patches import anywhere, attention_maps, foreground, patch_features, pca_colours
+from sources import decode, read_or_next
+from weights import load_backbone
 
-# ---- curves -----------------------------------------------------------------------------------
-
-# key in the log, name in the legend, colour
-LOSSES = [
-    ("loss", "total", INK),
-    ("dino_global", "DINO global", BLUE),
-    ("dino_local", "DINO local", SKY),
-    ("ibot", "iBOT", ORANGE),
-    ("koleo", "KoLeo", GREEN),
-]
-HEALTH = [
-    ("teacher_entropy", "teacher entropy (nats)", BLUE),
-    ("prototypes_used", "share of prototypes used", GREEN),
-    ("koleo_distance", "distance to the nearest neighbour", ORANGE),
-    ("rankme", "rank of the features (RankMe)", PINK),
-]
-KNN = [
-    ("knn", "DINOv2", BLUE),
-    ("knn_random", "random network", GREY),
-    ("knn_pixels", "raw pixels", ORANGE),
-]
+READING = {"size": 0, "shifts": 0, "layer": -1}
+OPTIONS = {
+    "curves": {"out": ""},
+    "pca": {"out": "", **READING, "window": 0, "foreground": False},
+    "attention": {"out": "", **READING, "head": -1},
+    "match": {"out": "", **READING, "window": 0, "points": "", "alpha": 0.1, "extra": "",
+              "weight": 0.5, "save": "", "foreground": False},
+    "neighbours": {"out": "", "data": "", "count": 8},
+    "animation": {"out": ""},
+}  # fmt: skip
+LEAST = {"size": 0, "shifts": 0, "window": 0, "alpha": 0, "weight": 0, "count": 1, "head": 0}
 
 
-def curves(run_dir, path=None):
-    """Draw the log of a run so far; returns where. Works while the run is going on."""
-    run = Path(run_dir)
-    rows = read_log(run / "log.jsonl")
-    last = max(row["step"] for row in rows)
-    health = [(name, colour, series(rows, key)) for key, name, colour in HEALTH]
-    health = [Line(*line) for line in health if line[2]]
-    losses = [Line(name, colour, series(rows, key)) for key, name, colour in LOSSES]
-
-    page = Page(1200, 700 if health else 460)
-    images = max(series(rows, "images").values(), default=0)
-    page.text(30, 32, run.resolve().name, 20, anchor="lm")
-    page.text(1170, 32, f"step {last:,},  {images:,} images", 13, GREY, "rm")
-    panel(page, (30, 70, 585, 430), "Losses", [line for line in losses if line.points], last)
-    lines = knn_lines(run, rows, last)
-    panel(page, (615, 70, 1170, 430), "k-NN accuracy (%)", lines, last, from_zero=True, dots=True)
-    for i, line in enumerate(health):
-        left = 30 + i * 292.5
-        panel(page, (left, 470, left + 262.5, 670), line.name, [line], last, small=True)
-    return write(page.finished(), path or run / "curves.png")
+# ---- reading ------------------------------------------------------------------------------------
 
 
-def knn_lines(run, rows, last):
-    """k-NN over time, and as levels what needs no training: a random network, raw pixels."""
-    summary = {}
-    with contextlib.suppress(OSError, ValueError):  # only a finished run has a summary
-        summary |= json.loads((run / "summary.json").read_text(encoding="utf-8"))
-    lines = []
-    for key, name, colour in KNN:
-        points = series(rows, key) or series([summary | {"step": last}], key)
-        if points:
-            now = list(points.values())[-1]
-            lines.append(Line(f"{name} {now:.1f} %", colour, points, dashed=key != "knn"))
-    return lines
+class Network:
+    """A backbone and what it needs to know of its images."""
 
+    def __init__(self, run):
+        net, self.cfg = load_backbone(run, with_config=True)
+        self.net = anywhere(net).to(pick_device(self.cfg.device))
+        self.norm = self.cfg.data.mean, self.cfg.data.std
 
-def read_log(path):
-    """The objects of log.jsonl. The last line may be half written if the run was killed."""
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except OSError:
-        raise UserError(f"{path}: no such log; give the folder train.py wrote (out=)") from None
-    rows = []
-    for line in lines:
-        with contextlib.suppress(ValueError):
-            rows.append(json.loads(line))
-    rows = [row for row in rows if isinstance(row, dict) and isinstance(row.get("step"), int)]
-    if not rows:
-        raise UserError(f"{path}: no line with a step yet; train a little longer")
-    return rows
-
-
-def series(rows, key):
-    """{step: value}, ascending. A resumed run repeats steps: the later line counts."""
-    found = {row["step"]: row[key] for row in rows if isinstance(row.get(key), (int, float))}
-    return {step: found[step] for step in sorted(found) if math.isfinite(found[step])}
-
-
-# ---- sheets of images -------------------------------------------------------------------------
-
-
-def crop_sheet(images, global_crops, local_crops, masks, mean, std, path):
-    """One row per image: the image, its global crops with hidden patches striped, its local crops.
-
-    images        uint8 arrays (H, W, C), of any sizes
-    global_crops  per image, its crops: normalised float tensors (C, S, S)
-    local_crops   the same; may be empty
-    masks         per image, per global crop: bool, True = hidden from the student, as a grid of
-                  patches or as one row of them; None = nothing is hidden
-    """
-    side, gap, head, row = 160, 6, 32, 160 + 14
-    half = (side - gap) // 2  # local crops lie in two rows, at half the size
-    n_global, n_local = len(global_crops[0]), len(local_crops[0]) if len(local_crops) else 0
-    columns = (n_local + 1) // 2
-    globals_at = 2 * gap + side
-    locals_at = globals_at + n_global * (side + gap) + (2 * gap if columns else 0)
-    size = (locals_at + columns * (half + gap), head + len(images) * row)
-    sheet = Image.new("RGB", size, PAPER)
-    caption(sheet, gap, head, "image")
-    caption(sheet, globals_at, head, "global crops, hidden patches striped")
-    caption(sheet, locals_at, head, "local crops" if columns else "")
-    for i, image in enumerate(images):
-        y = head + i * row
-        paste(sheet, image, gap, y, side)
-        for j, crop in enumerate(global_crops[i]):
-            pixels = enlarge(denormalise(crop, mean, std), side)
-            if masks is not None and masks[i][j] is not None:
-                pixels = hide(pixels, as_grid(masks[i][j]))
-            paste(sheet, pixels, globals_at + j * (side + gap), y, side)
-        for j, crop in enumerate(local_crops[i] if columns else []):
-            x, below = locals_at + j % columns * (half + gap), j // columns * (half + gap)
-            paste(sheet, denormalise(crop, mean, std), x, y + below, half)
-    return write(sheet, path)
-
-
-def caption(sheet, x, height, words):
-    """Small grey words in a strip of this height at the top of the sheet."""
-    ImageDraw.Draw(sheet).text((x, height / 2), words, GREY, font(13), "lm")
-
-
-def denormalise(crop, mean, std):
-    """Normalised float (C, H, W) -> uint8 (H, W, C), undoing what augment.py does last."""
-    mean, std = (torch.as_tensor(v, dtype=torch.float32)[:, None, None] for v in (mean, std))
-    pixels = (crop.detach().float().cpu() * std + mean) * 255
-    return pixels.round().clamp(0, 255).byte().permute(1, 2, 0).numpy()
-
-
-def enlarge(pixels, side):
-    """uint8 (H, W, C) to (side, side, 3): small pictures by repeating pixels, none are invented."""
-    return np.asarray(fit(picture(pixels), side))
-
-
-def hide(pixels, grid):
-    """Darken and stripe the patches of uint8 (H, W, 3) where the bool grid is True."""
-    height, width = pixels.shape[:2]
-    y, x = np.arange(height)[:, None], np.arange(width)[None]
-    hidden = grid[y * grid.shape[0] // height, x * grid.shape[1] // width]
-    stripe = (x + y) % 8 < 3
-    dark = pixels * 0.22 + np.where(stripe, 92, 28)[:, :, None]
-    return np.where(hidden[:, :, None], dark, pixels).astype(np.uint8)
-
-
-def as_grid(mask):
-    """A mask as a bool array (h, w); one row of patches is taken to be a square grid."""
-    mask = torch.as_tensor(mask).cpu().numpy()
-    return mask.reshape(math.isqrt(mask.size), -1) if mask.ndim == 1 else mask
-
-
-def picture(pixels):
-    """(H, W, C) as a Pillow image in colour: three channels, or the first as grey.
-
-    As in augment.py, integers other than uint8 end at their largest value and floats at 1.
-    """
-    if pixels.dtype != np.uint8:
-        most = np.iinfo(pixels.dtype).max if pixels.dtype.kind in "iu" else 1
-        pixels = (pixels.astype(np.float32) / most * 255).round().clip(0, 255).astype(np.uint8)
-    if pixels.shape[2] < 3:
-        pixels = pixels[:, :, :1].repeat(3, axis=2)
-    return Image.fromarray(np.ascontiguousarray(pixels[:, :, :3]))
-
-
-def fit(image, side):
-    """The picture as large as fits into a square, in its proportions."""
-    factor = side / max(image.size)
-    method = Image.Resampling.NEAREST if factor > 1 else Image.Resampling.LANCZOS
-    return image.resize([max(1, round(n * factor)) for n in image.size], method)
-
-
-def paste(sheet, pixels, x, y, side):
-    """Put uint8 (H, W, C) into the middle of a square of the sheet."""
-    image = fit(picture(pixels), side)
-    sheet.paste(image, (x + (side - image.width) // 2, y + (side - image.height) // 2))
-
-
-def pca_sheet(images, columns, path):
-    """Images over their patch features in colour, one band per entry of `columns`.
-
-    images   uint8 arrays (H, W, C)
-    columns  [(title, features)], features per image (H, W, D), such as before and after training
-    """
-    side, gap, head = 160, 6, 28
-    bands = [("images", images)] + [(t, pca_colours(features)) for t, features in columns]
-    size = (gap + len(images) * (side + gap), len(bands) * (head + side) + gap)
-    sheet = Image.new("RGB", size, PAPER)
-    draw = ImageDraw.Draw(sheet)
-    for i, (title, pictures) in enumerate(bands):
-        y = i * (head + side)
-        draw.text((gap, y + head / 2), title, GREY, font(13), "lm")
-        for j, pixels in enumerate(pictures):
-            paste(sheet, pixels, gap + j * (side + gap), y + head, side)
-    return write(sheet, path)
-
-
-def pca_colours(features):
-    """Patch features (H, W, D) per image -> uint8 (H, W, 3) per image.
-
-    The three directions in which the patches of all images differ most become red, green, blue.
-    Joint over the images: the same colour means the same feature everywhere.
-    """
-    x_ND = torch.cat([f.detach().flatten(0, 1) for f in features]).double().cpu()
-    x_ND = x_ND - x_ND.mean(dim=0)
-    _, axes_DD = torch.linalg.eigh(x_ND.T @ x_ND)  # ascending
-    axes_D3 = axes_DD[:, -3:].flip(1)
-    # An axis may point either way; the sign of its largest entry makes pictures repeatable.
-    largest_3 = axes_D3.gather(0, axes_D3.abs().argmax(dim=0, keepdim=True))
-    x_N3 = x_ND @ (axes_D3 * largest_3.sign())
-    # Percentiles, because one odd patch would otherwise leave all others in one colour.
-    low, high = (x_N3.quantile(q, dim=0) for q in (0.02, 0.98))
-    spread = (high - low).clamp(min=1e-6 * x_ND.norm().clamp(min=1e-30) / len(x_ND) ** 0.5)
-    colour_N3 = ((x_N3 - (low + high) / 2) / spread + 0.5).clamp(0, 1) * 255
-    colour_N3 = torch.nn.functional.pad(colour_N3, (0, 3 - colour_N3.shape[1]), value=127.5)
-    sizes = [f.shape[0] * f.shape[1] for f in features]
-    parts = colour_N3.round().byte().split(sizes)
-    return [part.unflatten(0, f.shape[:2]).numpy() for part, f in zip(parts, features, strict=True)]
-
-
-@torch.no_grad()
-def patch_features(net, image, mean, std):
-    """uint8 (H, W, C) -> (h, w, D) of a backbone: a feature for each patch, at least 24 on a side.
-
-    A large picture is reduced to 32 patches on its shorter side. A small one keeps its size, and is
-    read several times, each time shifted by a part of a patch; the grids are then interleaved.
-    """
-    from data import resize
-
-    height, width = image.shape[:2]
-    factor = min(1, 32 * net.patch / min(height, width))
-    rows, cols = (max(1, round(n * factor / net.patch)) for n in (height, width))
-    pixels = torch.tensor(resize(image, rows * net.patch, cols * net.patch)).permute(2, 0, 1)
-    mean, std = (torch.tensor(v)[:, None, None] for v in (mean, std))
-    pixels = ((pixels / (255 if image.dtype == np.uint8 else 1) - mean) / std)[None]
-    shifts = min(-(-24 // min(rows, cols)), net.patch)
-    at = [net.patch * i // shifts - net.patch // 2 for i in range(shifts)]
-    grids = [torch.stack([shifted_tokens(net, pixels, dy, dx) for dx in at], dim=2) for dy in at]
-    grid = torch.stack(grids, dim=1)  # (rows, shifts, cols, shifts, D)
-    return grid.flatten(2, 3).flatten(0, 1)
-
-
-def shifted_tokens(net, pixels, down, right):
-    """Patch features (h, w, D) of a picture (1, C, H, W) moved by less than a patch, edges kept."""
-    (_, _, H, W), reach = pixels.shape, net.patch
-    wide = torch.nn.functional.pad(pixels, [reach] * 4, mode="replicate")
-    part = wide[:, :, reach + down : reach + down + H, reach + right : reach + right + W]
-    tokens_ND = net.forward_features(part)["x_norm_patchtokens"][0]
-    return tokens_ND.unflatten(0, (H // reach, W // reach))
-
-
-def write(image, path):
-    try:
-        image.save(path)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be written ({error}); choose another place") from None
-    return Path(path)
-
-
-# ---- command line -----------------------------------------------------------------------------
-
-
-def pca(run, files):
-    """PCA colours of image files by the backbone of a run; returns where the sheet is."""
-    from sources import read_image
-    from weights import load_backbone
-
-    net, cfg = load_backbone(run, with_config=True)
-    images = []
-    for file in files:
+    def read(self, file):
+        """A picture or array as (H, W, C) with the channels of the network."""
+        channels, patch = self.cfg.data.channels, self.net.patch
         try:
-            images.append(read_image(file, cfg.data.channels))
-        except Exception as error:  # whatever Pillow raises for a file it cannot read
-            raise UserError(f"{file}: not a readable image ({error}); leave it out") from None
-    features = [patch_features(net, image, cfg.data.mean, cfg.data.std) for image in images]
-    folder = Path(run) if Path(run).is_dir() else Path()
-    return pca_sheet(images, [("PCA of patch features", features)], folder / "pca_images.png")
+            image = decode(Path(file).read_bytes(), str(file), channels)
+        except Exception as error:  # a decoder fed with damaged bytes raises anything
+            reason = getattr(error, "strerror", None) or error
+            raise UserError(
+                f"{file}: {reason}; give a readable picture of {channels} channels, or an .npy"
+            ) from None
+        if min(image.shape[:2]) < patch:
+            raise UserError(
+                f"{file}: {image.shape[1]} x {image.shape[0]} pixels are less than a patch of "
+                f"{patch}; enlarge the picture"
+            )
+        return image
+
+    def features(self, images, o):
+        more = o.size, o.shifts, o.window, o.layer
+        bar = tqdm(images, "patch features", unit=" images", leave=False, disable=None)
+        return [patch_features(self.net, image, *self.norm, *more) for image in bar]
+
+    def check(self, o):
+        """Options that depend on the network, refused or completed."""
+        patch, depth = self.net.patch, self.net.depth
+        for key in ("size", "window"):
+            value = getattr(o, key, 0)
+            if value and value < patch:
+                raise UserError(f"{key}={value} is less than a patch: use {patch} or more")
+        if o.shifts > patch:
+            raise UserError(f"shifts={o.shifts}: a patch has {patch} pixels, use at most {patch}")
+        if not -depth <= o.layer < depth:
+            raise UserError(f"layer={o.layer}: the network has blocks 0 to {depth - 1}")
+        o.layer %= depth
+        heads = self.net.blocks[0].attn.heads
+        if not -1 <= getattr(o, "head", -1) < heads:
+            raise UserError(f"head={o.head}: the network has heads 0 to {heads - 1}")
+
+
+# ---- PCA and attention --------------------------------------------------------------------------
+
+
+def pca(network, files, o, path):
+    """Patch features as colours, alike over all images."""
+    network.check(o)
+    images = [network.read(file) for file in files]
+    features = network.features(images, o)
+    rows = [("images", images, [Path(file).name for file in files])]
+    rows.append(("PCA of patch features", pca_colours(features), None))
+    if o.foreground:
+        colours = pca_colours(features, foreground(features))
+        rows.append(("PCA of the foreground", colours, None))
+    return sheets.bands(rows, path, side=min(max(1200 // len(files), 160), 240))
+
+
+def attention(network, files, o, path):
+    """For each image a row for [CLS] and for each register: the mean of the heads, and each."""
+    network.check(o)
+    depth, rows = network.net.depth, []
+    heads = range(network.net.blocks[0].attn.heads) if o.head < 0 else [o.head]
+    columns = len(heads) + (2 if o.head < 0 else 1)
+    columns = columns if columns <= 14 else -(-columns // 2)
+    side = min(max(1300 // columns, 140), 260)
+    for file in tqdm(files, "attention", unit=" images", leave=False, disable=None):
+        image = network.read(file)
+        maps, shares = attention_maps(network.net, image, *network.norm, o.layer, o.size, o.shifts)
+        for token, (map_AHW, share_A) in enumerate(zip(maps, shares, strict=True)):
+            name = f"register {token}" if token else "[CLS]"
+            title = f"{Path(file).name}: attention of {name}, block {o.layer} (of 0 to {depth - 1})"
+            pictures = [sheets.overlay(image, map_AHW[head], side) for head in heads]
+            words = [f"head {head}, {100 * share_A[head]:.0f} % on patches" for head in heads]
+            if o.head < 0:
+                pictures.insert(0, sheets.overlay(image, map_AHW.mean(dim=0), side))
+                words.insert(0, f"mean, {100 * share_A.mean():.0f} % on patches")
+            rows.append((title, [image, *pictures], ["image", *words]))
+    return sheets.bands(rows, path, side, columns)
+
+
+# ---- matching -----------------------------------------------------------------------------------
+
+
+def match(network, files, o, path):
+    """Mutual nearest patches, the dense field, and keypoints with PCK, of two images."""
+    network.check(o)
+    images = [network.read(file) for file in files]
+    sizes = [(image.shape[1], image.shape[0]) for image in images]
+    points = matching.read_points(o.points, sizes) if o.points else None
+    maps = network.features(images, o)
+    if o.save:
+        save_features(o.save, maps)
+    if o.extra:
+        extra = matching.read_features(o.extra, [m.shape[:2] for m in maps])
+        maps = [matching.fuse(*both, o.weight) for both in zip(maps, extra, strict=True)]
+    pairs, _ = matching.mutual_nearest(*maps)
+    keep = foreground(maps) if o.foreground else [torch.ones(m.shape[:2]).bool() for m in maps]
+    pairs = pairs[keep[0].flatten()[pairs[:, 0]] & keep[1].flatten()[pairs[:, 1]]]
+    place, _ = matching.nearest(maps[1], maps[0])
+    wheel = sheets.position_colours(*maps[0].shape[:2])
+    fields = [wheel, wheel.reshape(-1, 3)[place.numpy()]]
+    fields = [f * k.numpy()[:, :, None] for f, k in zip(fields, keep, strict=True)]
+    page = sheets.Pair(images, 3 if points else 2)
+    count = f"{len(pairs):,} of {keep[0].sum():,}"
+    page.title(f"mutual nearest patches: {count}, of which the best of each region")
+    page.show(*images)
+    for i, j in best_of_regions(pairs, maps[0].shape):
+        ends = [matching.centres(p, m, s) for p, m, s in zip((i, j), maps, sizes, strict=True)]
+        page.connect(*ends, colour="#{:02x}{:02x}{:02x}".format(*wheel.reshape(-1, 3)[i]))
+    page.title("every patch on the right has the colour of its nearest on the left")
+    page.show(*(sheets.tinted(*both) for both in zip(images, fields, strict=True)))
+    if points:
+        found, _ = matching.transfer(points[0], *maps, *sizes)
+        page.title(keypoint_title(found, points, sizes[1], o.alpha))
+        page.show(*images)
+        page.keypoints(points[0], found, points[1])
+    return sheets.write(page.finished(), path)
+
+
+def keypoint_title(found, points, size, alpha):
+    """The words over the keypoints, with PCK where the truth is known; they are printed too."""
+    _, truth, box = points
+    if truth is None:
+        return f"{len(found)} keypoints of the left image, found in the right one"
+    extent = max(size) if box is None else (box[2:] - box[:2]).max().item()
+    share = matching.pck(found, truth, alpha, extent)
+    side = "image" if box is None else "box"
+    words = f"PCK@{alpha:g} = {share:.1f} % of {len(found)} keypoints"
+    print(f"{words} (within {alpha * extent:.1f} pixels, {alpha:g} of the {side}'s longer side)")
+    return words + "; a cross is where one belongs, a line how far it is off"
+
+
+def save_features(file, maps):
+    try:
+        with open(file, "wb") as out:
+            np.savez(out, a=maps[0].numpy(), b=maps[1].numpy())
+    except OSError as error:
+        raise UserError(f"save={file}: cannot be written ({error.strerror})") from None
+
+
+def best_of_regions(pairs, grid, regions=6):
+    """Of the pairs, best first, one for each of regions x regions parts of the first image."""
+    chosen = {}
+    for i, j in pairs.tolist():
+        row, column = divmod(i, grid[1])
+        chosen.setdefault((row * regions // grid[0], column * regions // grid[1]), (i, j))
+    return torch.tensor(list(chosen.values()), dtype=torch.long).reshape(-1, 2)
+
+
+# ---- neighbours ---------------------------------------------------------------------------------
+
+
+class Pictures:
+    """Image files as a source without labels, for the network that they are shown to."""
+
+    classes = ()
+
+    def __init__(self, network, files):
+        self.files, self.images = files, [network.read(file) for file in files]
+
+    def __len__(self):
+        return len(self.files)
+
+    def read(self, i):
+        return self.images[i]
+
+    def label(self, i):
+        return -1
+
+    def name(self, i):
+        return self.files[i]
+
+
+def neighbours(network, files, o, path):
+    """A row for each query: the images of a data set whose [CLS] features are most like its own.
+
+    Without files, some held-out images of the data set ask for their neighbours in the others.
+    """
+    cfg, device = network.cfg, next(network.net.parameters()).device
+    cfg.data.root, cfg.precision = o.data or cfg.data.root, "fp32"
+    if files:
+        pool, queries = open_source(cfg.data.root, cfg), Pictures(network, files)
+    else:
+        sources = evaluation_images(cfg)
+        if sources is None:
+            raise UserError(f"{cfg.data.root}: has no held-out images; name some to search for")
+        pool, test = sources
+        count = min(6, len(test))
+        queries = Part(test, [(i * len(test) // count + i) % len(test) for i in range(count)])
+    features_ND, _ = eval_knn.extract_features(network.net, pool, cfg, device, "data set")
+    query_QD, _ = eval_knn.extract_features(network.net, queries, cfg, device, "queries")
+    cosines, nearest = (query_QD @ features_ND.T).topk(min(o.count, len(pool)), dim=1)
+    title = f"query, and the most similar of {len(pool):,} images (cosine of [CLS] features)"
+    rows = []
+    for query, (values, places) in enumerate(zip(cosines.tolist(), nearest.tolist(), strict=True)):
+        shown = [read_or_next(queries, query), *(read_or_next(pool, i) for i in places)]
+        first, *others = (image for image, _, _ in shown)
+        name = Path(files[query]).name if files else words_of(queries, query)
+        words = [f"{c:.2f} {words_of(pool, i)}" for c, i in zip(values, places, strict=True)]
+        rows.append(("" if rows else title, [first, None, *others], [name, "", *words]))
+    return sheets.bands(rows, path, side=112, per_row=len(rows[0][1]))
+
+
+def words_of(source, i):
+    """The class of an image, or its file where there are no classes."""
+    return source.classes[source.label(i)] if source.label(i) >= 0 else Path(source.name(i)).name
+
+
+# ---- command line -------------------------------------------------------------------------------
+
+NAMES = {"pca": "pca_images.png", "animation": "animation.gif"}  # others: <command>.png
+WORDS = {  # what follows the command, and how many words that may be
+    "curves": ("RUN", 1, 1),
+    "pca": ("RUN IMAGE ...", 2, 999),
+    "attention": ("RUN IMAGE ...", 2, 999),
+    "match": ("RUN IMAGE IMAGE", 3, 3),
+    "neighbours": ("RUN [IMAGE ...]", 1, 999),
+    "animation": ("RUN", 1, 1),
+}
+
+
+def parse(argv):
+    """(command, run, image files, options) from the words of the command line."""
+    command, rest = argv[0], argv[1:]
+    if command not in OPTIONS:
+        raise UserError(f"{command}: unknown picture; use one of {', '.join(OPTIONS)}")
+    o, files = SimpleNamespace(**OPTIONS[command]), []
+    for word in rest:
+        key, equals, value = word.partition("=")
+        if not equals or Path(word).exists():
+            files.append(word)
+            continue
+        if key not in OPTIONS[command]:
+            raise UserError(f"{word}: {command} takes {', '.join(OPTIONS[command])}")
+        setattr(o, key, converted(word, value, OPTIONS[command][key]))
+    words, least, most = WORDS[command]
+    if not least <= len(files) <= most:
+        raise UserError(f"write `python visualize.py {command} {words}`; --help says more")
+    return command, files[0], files[1:], o
+
+
+def converted(word, value, default):
+    """The value of an option as what its default is."""
+    try:
+        if isinstance(default, bool):
+            return {"true": True, "false": False}[value.lower()]
+        value = type(default)(value)
+    except (ValueError, KeyError):
+        kind = {bool: "true or false", int: "a whole number", float: "a number"}[type(default)]
+        raise UserError(f"{word}: must be {kind}") from None
+    key = word.partition("=")[0]
+    if (key in LEAST and not value >= LEAST[key]) or (key == "weight" and value > 1):
+        raise UserError(f"{word}: must be {LEAST[key]} or more{', at most 1' * (key == 'weight')}")
+    return value
 
 
 @report_errors
 def main(argv):
-    command, rest = (argv[0], argv[1:]) if argv else ("", [])
     if not argv or "-h" in argv or "--help" in argv:
-        print(__doc__.partition("\n\n")[2].partition("\n\nShapes")[0])
-    elif command == "curves" and len(rest) == 1:
-        print(f"wrote {curves(rest[0])}")
-    elif command == "pca" and len(rest) >= 2:
-        print(f"wrote {pca(rest[0], rest[1:])}")
+        print(__doc__.partition("\n\n")[2].strip())
+        sys.exit(0 if argv else 2)
+    command, run, files, o = parse(argv)
+    name = NAMES.get(command, f"{command}.png")
+    path = Path(o.out) if o.out else Path(run if Path(run).is_dir() else "", name)
+    of_run = {"curves": curves.draw, "animation": frames.animate}
+    of_network = {"pca": pca, "attention": attention, "match": match, "neighbours": neighbours}
+    if command in of_run:
+        where = of_run[command](run, path)
     else:
-        raise UserError("write `visualize.py curves RUN` or `visualize.py pca RUN IMAGE ...`")
+        where = of_network[command](Network(run), files, o, path)
+    print(f"wrote {where}")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,166 @@
+"""Which place of one image is which of another: nearest patches, keypoints, and how often right.
+
+    pairs = mutual_nearest(a, b)                   patches that are each other's nearest
+    field = nearest(b, a)                          dense: for every patch of b its nearest in a
+    found = transfer(points, a, b, size_a, size_b) where points of image a lie in image b
+    share = pck(found, truth, alpha, extent)       how many were found, as SPair-71k counts it
+
+Two networks often see different things: `fuse` joins their features, as "A Tale of Two Features"
+(Zhang et al. 2023) does with those of DINOv2 and of Stable Diffusion.
+
+Shapes:  H W rows and columns of a feature map   D channels of a feature   K pairs, or points
+Points are (x, y) in pixels from the upper left corner of the image; sizes are (width, height).
+"""
+
+import csv
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from config import UserError
+
+
+def unit(features):
+    """(H, W, D) -> (H * W, D), each row of length 1: products of rows are cosines."""
+    return F.normalize(features.flatten(0, 1).float(), dim=1)
+
+
+def nearest(a, b):
+    """For every patch of a (H, W, D) the most similar one of b: place (H, W) as row * W_b + column,
+    and cosine (H, W)."""
+    parts = [(rows @ unit(b).T).max(dim=1) for rows in unit(a).split(4096)]  # bounded memory
+    cosine, place = (torch.cat(x).unflatten(0, a.shape[:2]) for x in zip(*parts, strict=True))
+    return place, cosine
+
+
+def mutual_nearest(a, b):
+    """Pairs (K, 2) of places in a and in b that are each other's nearest, and their cosines (K,).
+
+    The best first. A pair that holds both ways is far more often right than one that does not.
+    """
+    (to_b, cosine), (to_a, _) = nearest(a, b), nearest(b, a)
+    to_b, to_a, cosine = to_b.flatten(), to_a.flatten(), cosine.flatten()
+    here = torch.arange(len(to_b))
+    mutual = here[to_a[to_b] == here]
+    mutual = mutual[cosine[mutual].argsort(descending=True, stable=True)]
+    return torch.stack((mutual, to_b[mutual]), dim=1), cosine[mutual]
+
+
+def centres(place, grid, size):
+    """Places (row * W + column) on a grid (H, W, ...) -> the middles of these patches, pixels"""
+    row, column = place // grid.shape[1], place % grid.shape[1]
+    x = (column + 0.5) * size[0] / grid.shape[1]
+    y = (row + 0.5) * size[1] / grid.shape[0]
+    return torch.stack((x, y), dim=-1)
+
+
+def transfer(points, a, b, size_a, size_b):
+    """Where points (K, 2) of image a lie in image b: pixels (K, 2), and cosines (K,).
+
+    The feature at a point is interpolated between the patches around it, and the most similar patch
+    of b is the answer: it is as exact as the map of b is fine.
+    """
+    at = (2 * torch.as_tensor(points) / torch.tensor(size_a) - 1).float()  # -1..1, as grid_sample
+    map_a = F.normalize(a.float(), dim=2).permute(2, 0, 1)[None]
+    feature = F.grid_sample(map_a, at[None, None], padding_mode="border", align_corners=False)
+    cosine, place = (F.normalize(feature[0, :, 0].T, dim=1) @ unit(b).T).max(dim=1)
+    return centres(place, b, size_b), cosine
+
+
+def pck(found, truth, alpha, extent):
+    """Percentage of correct keypoints: found (K, 2) within alpha * extent pixels of truth (K, 2).
+
+    extent  the longer side of the object's box in the image where they are searched (SPair-71k,
+            PF-Pascal), or of that image where no box is known
+    """
+    distance = (torch.as_tensor(found) - torch.as_tensor(truth)).double().norm(dim=1)
+    return 100 * (distance <= alpha * extent).double().mean().item()
+
+
+def fuse(first, second, weight):
+    """Features of two networks on one grid, (H, W, D) and (H, W, D'), as (H, W, D + D').
+
+        [ (1 - weight) * first / |first| ,  weight * second / |second| ]
+
+    Normalised first, so that neither drowns the other; products are then
+    (1 - weight)^2 cos_first + weight^2 cos_second. weight = 0.5 is the paper's.
+    """
+    first, second = (F.normalize(f.float(), dim=2) for f in (first, second))
+    return torch.cat(((1 - weight) * first, weight * second), dim=2)
+
+
+# ---- files --------------------------------------------------------------------------------------
+
+
+def read_features(path, grids):
+    """The arrays `a` and `b` of an .npz, (H, W, D) each, which must have these grids (H, W)."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            pair = [torch.tensor(file[name], dtype=torch.float32) for name in ("a", "b")]
+    # Of a file that is something else numpy raises anything, from BadZipFile to TypeError.
+    except Exception as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise UserError(
+            f"extra={path}: cannot be read ({reason}); "
+            "write it with np.savez(path, a=..., b=...), each (rows, columns, channels)"
+        ) from None
+    for name, features, grid in zip("ab", pair, grids, strict=True):
+        if features.dim() != 3 or features.shape[:2] != tuple(grid):
+            raise UserError(
+                f"extra={path}: {name} is {tuple(features.shape)}, but this network has "
+                f"{grid[0]} x {grid[1]} patches there: resize it to ({grid[0]}, {grid[1]}, "
+                "channels), or change size= and shifts="
+            )
+    if pair[0].shape[2] != pair[1].shape[2]:
+        raise UserError(f"extra={path}: a and b differ in channels; they must be of one network")
+    return pair
+
+
+def read_points(path, sizes):
+    """Keypoints of a file: points of a (K, 2), of b (K, 2) or None, box of b or None.
+
+    .json  {"a": [[x, y], ...], "b": [[x, y], ...], "box_b": [left, top, right, bottom]}
+    .csv   columns x_a, y_a and x_b, y_b
+    b, with which PCK is measured, and box_b may be left out. sizes are those of the two images.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+        given = json.loads(text) if str(path).lower().endswith(".json") else from_csv(text)
+        a, b, box = (
+            None if given.get(key) is None else torch.tensor(given[key], dtype=torch.float64)
+            for key in ("a", "b", "box_b")
+        )
+        good = (
+            a is not None and len(a) and a.shape[1:] == (2,) and (b is None or b.shape == a.shape)
+        )
+        problem = "" if good else "a and b must be equally many pairs [x, y]"
+        if box is not None and (box.shape != (4,) or (box[2:] <= box[:2]).any()):
+            problem = "box_b must be [left, top, right, bottom]"
+    except OSError as error:
+        problem = error.strerror
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        problem = " ".join(str(error).split())
+    if problem:
+        raise UserError(
+            f"points={path}: {problem}; "
+            'write {"a": [[x, y], ...], "b": [[x, y], ...]}, or a csv with x_a, y_a, x_b, y_b'
+        )
+    for name, points, size in zip("ab", (a, b), sizes, strict=True):
+        for i, (x, y) in enumerate(points.tolist() if points is not None else []):
+            if not (0 <= x <= size[0] and 0 <= y <= size[1]):
+                raise UserError(
+                    f"points={path}: point {i} of {name}, ({x:g}, {y:g}), lies outside its image "
+                    f"of {size[0]} x {size[1]} pixels; points are x, y from the upper left corner"
+                )
+    return a, b, box
+
+
+def from_csv(text):
+    """Rows with x_a, y_a and maybe x_b, y_b as {"a": [[x, y], ...], "b": ...}."""
+    rows = list(csv.DictReader(io.StringIO(text), skipinitialspace=True))
+    names = [n for n in "ab" if rows and f"x_{n}" in rows[0]]
+    return {n: [[float(row[f"x_{n}"]), float(row[f"y_{n}"])] for row in rows] for n in names}

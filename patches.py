@@ -1,0 +1,264 @@
+"""What a backbone says about each place of an image: patch features, attention, PCA colours.
+
+    features = [patch_features(net, image, mean, std) for image in images]   # (H, W, D) each
+    colours = pca_colours(features)                                          # (H, W, 3) each
+
+An image of any size and proportions is read with interpolated positions. The map can be finer than
+the patches: the picture is read several times, each time moved by a part of a patch, and the grids
+are interleaved; nothing is smoothed or made up. A picture too large for one pass is read in
+windows that overlap by half, and features are averaged where they do: the nearer a patch is to the
+middle of a window, the more it counts there, so that no edges show.
+
+Shapes:  H W rows and columns of the map   D features of a patch   N patches of all images together
+         S shifts along each side, so S * S views of a picture   A attention heads
+         T = 1 + R + patches: the tokens ([CLS], registers, patches)   C channels of an image
+"""
+
+import math
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from data import resize
+
+SHORT_SIDE = 32  # patches: what a larger picture is reduced to, unless a size is asked for
+FINE = 24  # rows and columns that a map has at least, if need be by shifts
+WINDOW = 64  # patches a side that are read in one pass, unless a window is asked for
+
+
+def anywhere(net):
+    """The network with attention that runs on any device in fp32, however it was trained."""
+    for block in net.blocks:
+        block.attn.backend = "auto"
+    return net
+
+
+# ---- reading an image ---------------------------------------------------------------------------
+
+
+def to_pixels(image, patch, mean, std, size=0):
+    """uint8 (H, W, C) -> normalised (1, C, height, width), both multiples of the patch.
+
+    size  pixels of the shorter side; 0: those of the image, at most SHORT_SIDE patches
+    """
+    height, width = image.shape[:2]
+    short = min(height, width)
+    factor = (size or min(short, SHORT_SIDE * patch)) / short
+    height, width = (max(1, round(n * factor / patch)) * patch for n in (height, width))
+    pixels = torch.tensor(resize(image, height, width)).permute(2, 0, 1)
+    mean, std = (torch.tensor(v)[:, None, None] for v in (mean, std))
+    return ((pixels / (255 if image.dtype == np.uint8 else 1) - mean) / std)[None]
+
+
+def shifted(pixels, patch, shifts):
+    """(1, C, height, width) -> (S * S, C, height, width): moved by parts of a patch, edges kept.
+
+    View s is centred on the s-th of S equal parts of each patch; with one shift nothing moves.
+    """
+    height, width = pixels.shape[2:]
+    wide = F.pad(pixels, [patch] * 4, mode="replicate")
+    at = [patch + (2 * i + 1) * patch // (2 * shifts) - patch // 2 for i in range(shifts)]
+    return torch.cat([wide[:, :, y : y + height, x : x + width] for y in at for x in at])
+
+
+def interleave(grids, shifts):
+    """(S * S, h, w, ...) of the shifted views -> (h * S, w * S, ...) of the picture."""
+    grids = grids.unflatten(0, (shifts, shifts)).movedim((2, 3), (0, 2))  # (h, S, w, S, ...)
+    return grids.flatten(2, 3).flatten(0, 1)
+
+
+def enough_shifts(pixels, patch):
+    """How many shifts give a map of FINE rows and columns; a patch has only so many pixels."""
+    return min(math.ceil(FINE * patch / min(pixels.shape[2:])), patch)
+
+
+@torch.no_grad()
+def patch_features(
+    net, image, mean, std, size=0, shifts=0, window=0, layer=None, dtype=torch.float32
+):
+    """uint8 image of any size -> its patch features (H, W, D), fp32, on the CPU.
+
+    size    pixels of the shorter side as the network gets it; 0: see to_pixels
+    shifts  S; 0: as many as the map needs for FINE rows and columns
+    window  pixels a side that are read in one pass; 0: WINDOW patches
+    layer   the block whose output it is, under the final norm; None: the last
+    dtype   of the images, and so of what is computed
+    """
+    pixels = to_pixels(image, net.patch, mean, std, size).to(net.pos_embed.device)
+    shifts = shifts or enough_shifts(pixels, net.patch)
+    views = shifted(pixels, net.patch, shifts).to(dtype)
+    rows, columns = (n // net.patch for n in pixels.shape[2:])
+    side = max(1, window // net.patch) if window else WINDOW
+    total, count = torch.zeros(len(views), rows, columns, net.dim), torch.zeros(rows, columns, 1)
+    for top in starts(rows, side):
+        for left in starts(columns, side):
+            y, x = slice(top, min(top + side, rows)), slice(left, min(left + side, columns))
+            y_px, x_px = (slice(s.start * net.patch, s.stop * net.patch) for s in (y, x))
+            parts = views[:, :, y_px, x_px].split(16)  # many shifts at once would need much memory
+            tokens = torch.cat([patch_tokens(net, part, layer).float().cpu() for part in parts])
+            share = middle(y.stop - y.start)[:, None, None] * middle(x.stop - x.start)[:, None]
+            total[:, y, x] += share * tokens.unflatten(1, share.shape[:2])
+            count[y, x] += share
+    return interleave(total / count, shifts)
+
+
+def starts(length, side):
+    """Where windows begin that cover `length` patches, each half over the next."""
+    if length <= side:
+        return [0]
+    last = math.ceil((length - side) / max(1, side // 2))
+    return [round(i * (length - side) / last) for i in range(last + 1)]
+
+
+def middle(length):
+    """What each of so many patches counts: its distance to the nearer end, in patches."""
+    at = torch.arange(length) + 0.5
+    return torch.minimum(at, length - at)
+
+
+def patch_tokens(net, pixels, layer=None):
+    """Normalised images -> patch tokens (B, N, D) after the last block, or after this one."""
+    if layer is None:  # called, not one of its methods: sharded weights are gathered by the call
+        return net(pixels, is_training=True)["x_norm_patchtokens"]
+    return net.get_intermediate_layers(pixels, [layer])[0]
+
+
+# ---- attention ----------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def attention_weights(net, pixels, layer):
+    """How much [CLS] and each register take from every token: (B, A, 1 + R, T), rows sum to one.
+
+        softmax(Q K^T / sqrt(E))   of block `layer`, with its own weights, E channels per head
+
+    Computed here a second time, so that vit.py needs no way to hand out what fast kernels never
+    write down.
+    """
+    tokens = net.prepare_tokens(pixels)
+    groups, x = (tokens.shape[:2],), tokens.flatten(0, 1)
+    for block in net.blocks[:layer]:
+        x = block(x, groups)
+    block = net.blocks[layer]
+    qkv = block.attn.qkv(block.norm1(x)).unflatten(1, (3, block.attn.heads, -1))
+    q, k, _ = qkv.unflatten(0, groups[0]).permute(2, 0, 3, 1, 4)  # (B, A, T, E) each
+    scores = q[:, :, : 1 + net.registers] @ k.transpose(2, 3) * q.shape[-1] ** -0.5
+    return scores.float().softmax(dim=-1)
+
+
+def attention_maps(net, image, mean, std, layer, size=0, shifts=0):
+    """Attention of [CLS] and registers to each place, (1 + R, A, H, W), and (1 + R, A): its sum.
+
+    The sum, at most one, is the share that goes to patches; the rest goes to [CLS] and registers.
+    """
+    pixels = to_pixels(image, net.patch, mean, std, size).to(net.pos_embed.device)
+    shifts = shifts or enough_shifts(pixels, net.patch)
+    views = shifted(pixels, net.patch, shifts)
+    weights = attention_weights(net, views, layer)[..., 1 + net.registers :].cpu()
+    grids = weights.movedim(3, 1).unflatten(1, (pixels.shape[2] // net.patch, -1))
+    maps = interleave(grids / shifts**2, shifts).movedim((2, 3), (1, 0))  # from (H, W, A, 1 + R)
+    return maps, maps.sum(dim=(2, 3))
+
+
+# ---- colours ------------------------------------------------------------------------------------
+
+
+def principal_axes(x_ND, count=3):
+    """Mean (D,), and the orthonormal directions (D, count) in which the rows differ most.
+
+    Fewer than `count` if D is smaller. An axis may point either way: the one is taken in which its
+    largest entry is positive, so that pictures are repeatable.
+    """
+    x_ND = x_ND.double()
+    mean_D = x_ND.mean(dim=0)
+    _, axes_DD = torch.linalg.eigh((x_ND - mean_D).T @ (x_ND - mean_D))  # ascending
+    axes = axes_DD[:, -count:].flip(1)
+    return mean_D, axes * axes.gather(0, axes.abs().argmax(dim=0, keepdim=True)).sign()
+
+
+def pca_colours(features, keep=None):
+    """Patch features (H, W, D) per image -> uint8 (H, W, 3) per image.
+
+    The three directions in which the patches of all images differ most become red, green, blue.
+    Joint over the images: the same colour means the same feature everywhere.
+    keep  bool (H, W) per image: the others neither count nor have a colour, they stay black
+    """
+    x_ND = torch.cat([f.flatten(0, 1) for f in features])
+    keep_N = torch.ones(len(x_ND)) if keep is None else torch.cat([k.flatten() for k in keep])
+    keep_N = keep_N.bool()
+    mean_D, axes_D3 = principal_axes(x_ND[keep_N])
+    colour_N3 = stretched((x_ND.double() - mean_D) @ axes_D3, keep_N) * keep_N[:, None]
+    return as_maps((colour_N3 * 255).round().byte(), features)
+
+
+def stretched(x_N3, keep_N):
+    """Each column from its 2nd to its 98th percentile, over the rows to keep, as 0..1.
+
+    Percentiles, because one odd patch would otherwise leave all others in one colour.
+    """
+    kept = x_N3[keep_N]
+    low, high = (torch.tensor(np.quantile(kept.numpy(), q, axis=0)) for q in (0.02, 0.98))
+    least = 1e-6 * kept.norm().clamp(min=1e-30) / len(kept) ** 0.5
+    colour = ((x_N3 - (low + high) / 2) / (high - low).clamp(min=least) + 0.5).clamp(0, 1)
+    return F.pad(colour, (0, 3 - colour.shape[1]), value=0.5)  # of features with D < 3
+
+
+def as_maps(rows, features):
+    """Cut rows (N, ...) of all patches into one numpy map (H, W, ...) per image."""
+    parts = rows.split([f.shape[0] * f.shape[1] for f in features])
+    return [part.unflatten(0, f.shape[:2]).numpy() for part, f in zip(parts, features, strict=True)]
+
+
+def foreground(features):
+    """Which patches show the objects: bool (H, W) per image, jointly over the images.
+
+    The first principal direction separates objects from what is around them (DINOv2, section 7.5).
+    It is cut where Otsu's threshold lies, and the foreground is the side that is rarer along the
+    borders of the images than in them.
+    """
+    x_ND = torch.cat([f.flatten(0, 1) for f in features])
+    mean_D, axis_D1 = principal_axes(x_ND, 1)
+    first_N = ((x_ND.double() - mean_D) @ axis_D1)[:, 0]
+    above_N = first_N > otsu(first_N)
+    border = [torch.ones(f.shape[:2]) for f in features]
+    for b in border:
+        b[1:-1, 1:-1] = 0
+    border_N = torch.cat([b.flatten() for b in border]).bool()
+    if above_N[border_N].double().mean() > above_N.double().mean():
+        above_N = ~above_N
+    return [torch.tensor(k) for k in as_maps(above_N, features)]
+
+
+def otsu(x_N):
+    """The value that cuts numbers into two groups whose means lie furthest apart (Otsu 1979).
+
+    maximise  w (1 - w) (mean below - mean above)^2,   w the share of those below
+    """
+    x_N = x_N.sort().values
+    below = torch.arange(1, len(x_N), dtype=x_N.dtype)
+    sums = x_N.cumsum(0)[:-1]
+    gap = sums / below - (x_N.sum() - sums) / (len(x_N) - below)
+    spread = below * (len(x_N) - below) * gap**2
+    return x_N[spread.argmax()] if len(spread) else x_N[0]
+
+
+def steady_colours(frames):
+    """Colours of the same images at several times, which change only as the features do.
+
+    frames  per time, features (H, W, D) per image. Each time has PCA colours of its own, but axes
+    may turn from one time to the next: going back from the last, each is turned (an orthogonal
+    matrix, Schoenemann 1966) so that its patches come as close as possible to those of the next.
+    """
+    coloured, after_N3 = [], None
+    for features in reversed(frames):
+        x_ND = torch.cat([f.flatten(0, 1) for f in features]).double()
+        mean_D, axes_D3 = principal_axes(x_ND)
+        x_N3 = (x_ND - mean_D) @ axes_D3
+        if after_N3 is not None:
+            left, _, right = torch.linalg.svd(x_N3.T @ after_N3)
+            x_N3 = x_N3 @ (left @ right)
+        after_N3 = x_N3 / x_N3.norm().clamp(min=1e-30)
+        colour_N3 = stretched(x_N3, torch.ones(len(x_N3), dtype=torch.bool))
+        coloured.append(as_maps((colour_N3 * 255).round().byte(), features))
+    return coloured[::-1]
