@@ -20,6 +20,7 @@ import sys
 import time
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import yaml
 
@@ -439,6 +440,23 @@ def help_text(usage=USAGE):
         default = shown(lookup(Config(), key)) if key else ""
         lines.append(f"  {key:<26}{default:<23}{comment}")
     return "\n".join(lines)
+
+
+def take_options(words, defaults):
+    """A program's own options, by their defaults, out of key=value words: (namespace, the rest).
+
+    Raises UserError where a value is not of the default's type.
+    """
+    options, rest = SimpleNamespace(**defaults), []
+    for word in words:
+        key, equals, text = word.partition("=")
+        if not equals or key not in defaults:
+            rest.append(word)
+            continue
+        kind = type(defaults[key])
+        value = text if kind is str else yaml.safe_load(text)
+        setattr(options, key, convert(value, kind, key, f"override {word}"))
+    return options, rest
 
 
 def main_arguments(argv, usage=USAGE):
