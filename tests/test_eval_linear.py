@@ -5,9 +5,8 @@ Run: pytest tests/test_eval_linear.py        (some ten seconds; helpers are in t
 
 import csv
 import json
+import os
 import socket
-import subprocess
-import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -15,7 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from running import ROOT, make_photos
+from running import make_photos, server
 
 import classifier as classifiers
 import eval_linear
@@ -122,9 +121,9 @@ def test_the_gradient_is_zero_at_the_optimum():
     for value, weight, bias in zip(values, weights.double(), biases.double(), strict=True):
         chance = (x.double() @ weight.T + bias).softmax(dim=1)
         error = chance - F.one_hot(label, 4)
-        gradient = error.T @ x.double() / len(x) + weight / (value * len(x))
-        # Weights come back in fp32: 6e-8 of them, times what the penalty makes of it.
-        assert gradient.abs().max() < 1e-5 and error.mean(dim=0).abs().max() < 1e-5
+        pull, hold = error.T @ x.double() / len(x), weight / (value * len(x))
+        torch.testing.assert_close(pull, -hold, rtol=1e-3, atol=1e-5)
+        assert error.mean(dim=0).abs().max() < 1e-5
 
 
 def test_newtons_method_finds_the_same_optimum():
@@ -204,7 +203,8 @@ def test_the_test_images_do_not_choose():
 
 def array(n=12, size=16):
     rng = np.random.default_rng(0)
-    images = rng.integers(256, size=(n, size, size, 3), dtype=np.uint8)
+    images = rng.integers(128, size=(n, size, size, 3), dtype=np.uint8)
+    images[1::2] += 127
     return Arrays(images, np.arange(n) % 2, ["a", "b"], "noise")
 
 
@@ -287,9 +287,9 @@ def test_a_saved_classifier_is_the_same_one(tmp_path, neck):
     before = Classifier(backbone, heads(backbone, 3, 2), neck).eval()
     image = torch.randn(2, 3, 16, 24)
     x = features(tokens(backbone, image))
-    for head, logit in zip(heads_of(before), before(image), strict=True):
-        if not neck:
-            torch.testing.assert_close(logit, head(x))
+    for head, logit in zip(before.heads, before(image), strict=True):
+        x_BF = x if not neck else torch.cat((x, before.neck(patch_map(backbone, image))), dim=1)
+        torch.testing.assert_close(logit, x_BF @ head.weight.T + head.bias)
     classifiers.save(before, tiny_config(), tmp_path / "c.pt")
     after, cfg = classifiers.load(tmp_path / "c.pt", with_config=True)
     assert after.targets == [("t3", ["c0", "c1", "c2"]), ("t2", ["c0", "c1"])] or after.targets == [
@@ -299,8 +299,8 @@ def test_a_saved_classifier_is_the_same_one(tmp_path, neck):
         assert torch.equal(a, b)
 
 
-def heads_of(classifier):
-    return classifier.heads
+def patch_map(backbone, image):
+    return backbone.get_intermediate_layers(image, 1, reshape=True)[0]
 
 
 def test_a_neck_has_no_say_at_first_and_one_later():
@@ -320,17 +320,13 @@ def test_fine_tuning_moves_the_last_blocks_alone_and_fits_the_images():
     before = {name: value.clone() for name, value in backbone.named_parameters()}
     own = Classifier(backbone, heads(backbone, 2))
     labels, rows = [torch.arange(12) % 2], torch.arange(12)
-    loss = []
-    for steps in 1, 60:
-        image = torch.stack([torch.tensor(source.read(i)).permute(2, 0, 1) for i in range(12)])
-        loss.append(F.cross_entropy(own(image / 255)[0], labels[0]).item())
-        o = SimpleNamespace(**vars(OPTIONS) | {"tune_iterations": steps})
-        classifiers.finetune(own, source, labels, rows, tiny_config(), o, "cpu")
+    assert classifiers.percentages(own, source, labels, tiny_config(), "cpu")[0] < 100
+    o = SimpleNamespace(**vars(OPTIONS) | {"tune_iterations": 60})
+    classifiers.finetune(own, source, labels, rows, tiny_config(), o, "cpu")
     moved = {
         name for name, value in backbone.named_parameters() if not torch.equal(value, before[name])
     }
     assert moved and all(name.startswith(("blocks.2.", "norm.")) for name in moved)
-    assert loss[1] != loss[0]
     assert classifiers.percentages(own, source, labels, tiny_config(), "cpu") == [100]
 
 
@@ -396,7 +392,7 @@ def test_several_targets_augmentation_and_fine_tuning_go_together(place, tmp_pat
 
 
 BAD = [
-    (["{run}", "batch=0"], "batch=0 must be at least 1"),
+    (["{run}", "batch=0"], "batch must be at least 1"),
     (["{run}", "iterations=few"], "iterations must be a whole number"),
     (["{run}", "held_out=1.0"], "held_out=1.0"),
     (["{run}", "finetune=9"], "the backbone has 6 blocks"),
@@ -441,18 +437,26 @@ def test_a_class_that_cannot_be_learned_is_named(place, tmp_path, capsys):
         labelled.check(Target("x", ["a", "b"], torch.tensor([0, 0]), torch.tensor([0, 1])))
 
 
+def as_rank(rank, port, words):
+    """What one of two processes does that torchrun would have started."""
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2")
+    os.environ.update(MASTER_ADDR="localhost", MASTER_PORT=str(port))
+    torch.set_num_threads(1)
+    eval_linear.main(words)
+
+
 def test_two_ranks_find_what_one_finds(place):
-    # The result file lies in the run folder; the test before wrote the same one.
-    run = place / "run"
-    eval_linear.main([str(run), *QUICK])
+    run, words = place / "run", [str(place / "run"), *QUICK, "augment=true", "iterations=10"]
+    eval_linear.main(words)
     alone = json.loads((run / "linear.json").read_text())
     (run / "linear.json").unlink()
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2",
-              f"--master-port={port}", str(ROOT / "eval_linear.py"), str(run), *QUICK]  # fmt: skip
-    done = subprocess.run(launch, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    both = json.loads((run / "linear.json").read_text())
-    assert [(r["chosen"], r["test"]) for r in both] == [(r["chosen"], r["test"]) for r in alone]
+    both = [server().Process(target=as_rank, args=(rank, port, words)) for rank in range(2)]
+    for process in both:
+        process.start()
+    for process in both:
+        process.join(120)
+    assert [process.exitcode for process in both] == [0, 0]
+    assert json.loads((run / "linear.json").read_text()) == alone
