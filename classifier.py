@@ -60,6 +60,25 @@ def features(layers):
     return torch.cat(parts, dim=1).float()
 
 
+@torch.no_grad()
+def extract(backbone, source, cfg, device, what):
+    """Features (N, F) fp32 of the centre crops of a source, and which images are damaged (N,).
+
+    Each rank works on its share; all of them get all. A damaged image has the features of another.
+    """
+    rank, world = ranks()
+    found, rows = [], []
+    show = None if rank == 0 else True  # None: if this is a terminal
+    batches = data.evaluation_batches(Numbered(source), cfg, device=device, rank=rank, world=world)
+    with tqdm(total=len(source), desc=what, unit=" images", leave=False, disable=show) as bar:
+        for image_BCHW, row_B in batches:
+            found.append(features(tokens(backbone, image_BCHW.to(DTYPES[cfg.precision]))))
+            rows.append(row_B.to(device))
+            bar.update(len(row_B) * world)
+    x_NF, row_N = (in_order(torch.cat(parts), len(source)) for parts in (found, rows))
+    return x_NF, row_N.cpu() != torch.arange(len(source))
+
+
 class Neck(nn.Module):
     """Patch tokens -> (B, K): two convolutions, then for each channel the strongest place."""
 

@@ -29,11 +29,10 @@ import classifier as classifiers
 import config
 import data
 import labelled
-from classifier import BLOCKS, Classifier, Head, features, tokens
+from classifier import BLOCKS, Classifier, Head, extract, features, tokens
 from config import UserError
-from eval_knn import in_order
 from index import warn
-from labelled import Numbered, augmented_batches
+from labelled import augmented_batches
 from logistic import logistic_path, penalties
 from parallel import DTYPES, process_group, ranks
 from probe import Candidates, Probe, accuracies
@@ -69,25 +68,6 @@ class Result(NamedTuple):
 
 
 # ---- features -----------------------------------------------------------------------------------
-
-
-@torch.no_grad()
-def extract(backbone, source, cfg, device, what):
-    """Features (N, F) fp32 of the centre crops of a source, and which images are damaged (N,).
-
-    Each rank works on its share; all of them get all. A damaged image has the features of another.
-    """
-    rank, world = ranks()
-    found, rows = [], []
-    show = None if rank == 0 else True  # None: if this is a terminal
-    batches = data.evaluation_batches(Numbered(source), cfg, device=device, rank=rank, world=world)
-    with tqdm(total=len(source), desc=what, unit=" images", leave=False, disable=show) as bar:
-        for image_BCHW, row_B in batches:
-            found.append(features(tokens(backbone, image_BCHW.to(DTYPES[cfg.precision]))))
-            rows.append(row_B.to(device))
-            bar.update(len(row_B) * world)
-    x_NF, row_N = (in_order(torch.cat(parts), len(source)) for parts in (found, rows))
-    return x_NF, row_N.cpu() != torch.arange(len(source))
 
 
 def feature_batches(s, rows):

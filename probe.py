@@ -75,7 +75,7 @@ class Probe:
         """One step of SGD; images labelled -1 do not count. done: share of the training, 0 to 1."""
         x_BF, label_B = x_BF[label_B >= 0], label_B[label_B >= 0]
         error_BHC = self.heads.logits(x_BF).softmax(dim=2)
-        error_BHC[torch.arange(len(label_B)), :, label_B] -= 1
+        error_BHC[torch.arange(len(label_B), device=x_BF.device), :, label_B] -= 1
         weight_HCF = (error_BHC.flatten(1).T @ x_BF).unflatten(0, error_BHC.shape[1:])
         gradients = weight_HCF * self.use_H1F, error_BHC.sum(dim=0)
         images = sum_over_ranks(torch.tensor(len(label_B), device=x_BF.device)).clamp(min=1)

@@ -6,6 +6,7 @@ Run: pytest tests/test_eval_linear.py        (some ten seconds; helpers are in t
 import csv
 import json
 import os
+import shutil
 import socket
 from types import SimpleNamespace
 
@@ -15,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from running import make_photos, server
+from test_readme import README, commands
 
 import classifier as classifiers
 import eval_linear
@@ -389,6 +391,22 @@ def test_several_targets_augmentation_and_fine_tuning_go_together(place, tmp_pat
     assert said.count("fine-tuned") == 2
     after = classifiers.load(tmp_path / "c.pt")
     assert [name for name, _ in after.targets] == ["make", "colour"] and after.neck is not None
+
+
+@pytest.mark.parametrize("words", commands(README, "eval_linear.py"), ids=" ".join)
+def test_a_command_of_the_readme_runs(place, tmp_path, words, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(place / "run", tmp_path / "runs" / "default")
+    if words[0] == "predict":
+        saved = Classifier(
+            tiny_backbone(), [Head("t", ["a", "b"], torch.zeros(2, 64), torch.zeros(2))]
+        )
+        classifiers.save(saved, tiny_config(), tmp_path / words[1])
+        eval_linear.main([*words[:2], str(place / "photos"), *words[3:]])
+        assert (tmp_path / "labels.csv").exists()
+    else:
+        eval_linear.main([*words, *QUICK])
+        assert (tmp_path / "runs" / "default" / "classifier.pt").exists()
 
 
 BAD = [
