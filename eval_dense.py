@@ -247,18 +247,17 @@ def evaluate(extract, folder, o):
 def draw(folder, count=60, side=96, cells=4):
     """Mosaics of the embedded images: each cell shows one class, and the mask says which."""
     rng, classes = np.random.default_rng(0), len(synthetic.CLASSES)
-    tiles, _ = synthetic.make(count * classes, 1, "test", side // 2)
     y, x = np.mgrid[:side, :side]
     for name in ("images", "masks"):
         Path(folder, name).mkdir(parents=True, exist_ok=True)
     for i in range(count):
         centre = rng.uniform(0, side, (cells, 2))
         cell = np.hypot(y[..., None] - centre[:, 0], x[..., None] - centre[:, 1]).argmin(axis=2)
-        mask = rng.choice(classes, cells, replace=False)[cell].astype(np.uint8)
-        own = np.stack([np.tile(tile, (2, 2, 1)) for tile in tiles[i * classes :][:classes]])
-        image = np.take_along_axis(own, mask[None, ..., None].astype(int), axis=0)[0]
-        Image.fromarray(image).save(Path(folder, "images", f"{i:03}.png"))
-        Image.fromarray(mask).save(Path(folder, "masks", f"{i:03}.png"))
+        label = rng.choice(classes, cells, replace=False)
+        tiles = np.tile(synthetic.draw(rng, label, side // 2), (1, 2, 2, 1))
+        Image.fromarray(tiles[cell, y, x]).save(Path(folder, "images", f"{i:03}.png"))
+        mask = Image.fromarray(label[cell].astype(np.uint8))
+        mask.save(Path(folder, "masks", f"{i:03}.png"))
     print(f"{count} drawn mosaics of {classes} classes: {folder}/images, {folder}/masks")
 
 

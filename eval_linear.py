@@ -8,7 +8,10 @@ Two methods on the same features: the linear probe (probe.py: 52 classifiers at 
 regression (logistic.py: one for each strength of its penalty). Which of the candidates is best? The
 official probe asks the test images, which flatters: of 52 tickets the luckiest. Here images that
 are held out of the training set choose; then all training images train it again, and the test
-images are looked at once. The official figure stands beside it.
+images are looked at once. The official figure stands beside it. (DINOv2 appendix B.3.)
+
+Differs from the official code, beside that choice: features are extracted once, from centre crops,
+which a CPU can do; augment=true is the official way, new random crops in every iteration.
 
 Shapes:  N training images   M test images   B batch   H candidates   C classes
          F features, columns: [CLS] after each of the last four blocks, then the mean patch
@@ -296,7 +299,7 @@ def evaluate(s):
     return results, Classifier(s.backbone, [result.head for result in best])
 
 
-def show(results):
+def print_results(results):
     """The figures, one line for each target and method."""
     print(f"{'target':<14}{'method':<12}{'held out':>9}{'test':>9}   chosen")
     for r in results:
@@ -316,7 +319,7 @@ def main(argv):
         s = read_setup(backbone.to(device), cfg, o, device)
         results, classifier = evaluate(s)
         if rank == 0:
-            show(results)
+            print_results(results)
             if o.save:
                 classifiers.save(classifier, cfg, o.save)
                 print(f"classifier: {o.save}")
