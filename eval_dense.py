@@ -291,7 +291,8 @@ def show(counts, chosen):
     print("class" + "".join(f"{name:>15}" for name in counts))
     for number, row in enumerate(torch.stack([ious(c) for c in counts.values()], dim=1)):
         if not row.isnan().all():
-            print(f"{number:<5}" + "".join(f"{value:>13.2f} %" for value in row.tolist()))
+            words = ["-" if value.isnan() else f"{value:.2f} %" for value in row]
+            print(f"{number:<5}" + "".join(f"{word:>15}" for word in words))
     for name, count_CC in counts.items():
         extra = f"   (C {chosen:.2g})" if name == "linear" else ""
         right = 100 * count_CC.diag().sum() / count_CC.sum()

@@ -119,7 +119,7 @@ def noisy_classes(n=60, dim=3, classes=4):
 def test_the_gradient_is_zero_at_the_optimum():
     x, label = noisy_classes()
     values = penalties(9)
-    weights, biases = logistic_path(x, label, 4, values)
+    weights, biases = logistic_path(x, label, 4, values, tolerance=1e-7)
     for value, weight, bias in zip(values, weights.double(), biases.double(), strict=True):
         chance = (x.double() @ weight.T + bias).softmax(dim=1)
         error = chance - F.one_hot(label, 4)
@@ -130,7 +130,7 @@ def test_the_gradient_is_zero_at_the_optimum():
 
 def test_newtons_method_finds_the_same_optimum():
     x, label = noisy_classes(classes=2)
-    (weight,), (bias,) = logistic_path(x, label, 2, [1.0])
+    (weight,), (bias,) = logistic_path(x, label, 2, [1.0], tolerance=1e-7)
     p = torch.zeros(8, dtype=torch.float64)
 
     def value(p):
@@ -153,7 +153,7 @@ def test_without_a_say_of_the_images_the_classes_are_as_frequent_as_they_are():
 
 def test_shares_of_classes_are_labels_too():
     x, label = noisy_classes()
-    hard, soft = (logistic_path(x, y, 4, [1.0]) for y in (label, F.one_hot(label, 4).float()))
+    hard, soft = (logistic_path(x, y, 4, [1.0], 1e-7) for y in (label, F.one_hot(label, 4).float()))
     torch.testing.assert_close(hard, soft, rtol=1e-3, atol=1e-4)
 
 
