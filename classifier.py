@@ -30,7 +30,7 @@ from config import UserError
 from eval_knn import in_order
 from index import warn
 from labelled import Numbered, augmented_batches
-from parallel import DTYPES, pick_device, ranks, sum_over_ranks
+from parallel import dtype_of, pick_device, ranks, sum_over_ranks
 from sources import open_files
 from vit import VisionTransformer
 
@@ -72,7 +72,7 @@ def extract(backbone, source, cfg, device, what):
     batches = data.evaluation_batches(Numbered(source), cfg, device=device, rank=rank, world=world)
     with tqdm(total=len(source), desc=what, unit=" images", leave=False, disable=show) as bar:
         for image_BCHW, row_B in batches:
-            found.append(features(tokens(backbone, image_BCHW.to(DTYPES[cfg.precision]))))
+            found.append(features(tokens(backbone, image_BCHW.to(dtype_of(cfg)))))
             rows.append(row_B.to(device))
             bar.update(len(row_B) * world)
     x_NF, row_N = (in_order(torch.cat(parts), len(source)) for parts in (found, rows))
@@ -141,7 +141,7 @@ def finetune(classifier, source, labels, rows, cfg, o, device):
     for step, (image_BCSS, row_B) in enumerate(bar):
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * (1 + math.cos(math.pi * step / o.tune_iterations)) / 2
-        logits = classifier(image_BCSS.to(DTYPES[cfg.precision]))
+        logits = classifier(image_BCSS.to(dtype_of(cfg)))
         loss = sum(
             mean_over_ranks(logit_BC, label_N[row_B].to(device))
             for logit_BC, label_N in zip(logits, labels, strict=True)
@@ -179,7 +179,7 @@ def percentages(classifier, source, labels, cfg, device):
     batches = data.evaluation_batches(source, cfg, device=device, rank=rank, world=world)
     guesses = []
     for image_BCSS, _ in batches:
-        logits = classifier(image_BCSS.to(DTYPES[cfg.precision]))
+        logits = classifier(image_BCSS.to(dtype_of(cfg)))
         guesses.append(torch.stack([logit_BC.argmax(dim=1) for logit_BC in logits], dim=1))
     guess_NT = in_order(torch.cat(guesses), len(source)).cpu()
     right = [guess_N[x >= 0] == x[x >= 0] for guess_N, x in zip(guess_NT.T, labels, strict=True)]
@@ -250,7 +250,7 @@ def predictions(classifier, source, cfg, device):
     """For every image in order: a tensor of probabilities for each target, or None if damaged."""
     at = 0
     for image_BCSS, row_B in data.evaluation_batches(Numbered(source), cfg, device=device):
-        logits = classifier(image_BCSS.to(DTYPES[cfg.precision]))
+        logits = classifier(image_BCSS.to(dtype_of(cfg)))
         probabilities = [logit_BC.softmax(dim=1).cpu() for logit_BC in logits]
         for i, row in enumerate(row_B.tolist()):
             yield [p_BC[i] for p_BC in probabilities] if row == at else None

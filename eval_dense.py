@@ -32,7 +32,7 @@ from config import UserError
 from eval_knn import knn_probabilities
 from index import PICTURES
 from logistic import logistic_path, penalties
-from parallel import DTYPES, pick_device
+from parallel import dtype_of, pick_device
 from sources import read_image
 from vit import assign
 from weights import load_backbone
@@ -119,7 +119,7 @@ def patch_tokens(backbone, image, size, cfg, device):
     h, w = (max(round(side * scale / patch), 1) for side in pixels_HWC.shape[:2])
     x_CHW = torch.tensor(data.resize(pixels_HWC, h * patch, w * patch)).permute(2, 0, 1) / 255
     mean, std = (torch.tensor(x)[:, None, None] for x in (cfg.data.mean, cfg.data.std))
-    x_BCHW = ((x_CHW - mean) / std)[None].to(device, DTYPES[cfg.precision])
+    x_BCHW = ((x_CHW - mean) / std)[None].to(device, dtype_of(cfg))
     return backbone.forward_features(x_BCHW)["x_norm_patchtokens"][0].float().unflatten(0, (h, w))
 
 

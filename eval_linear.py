@@ -37,7 +37,7 @@ from config import UserError
 from index import warn
 from labelled import augmented_batches
 from logistic import logistic_path, penalties
-from parallel import DTYPES, process_group, ranks
+from parallel import dtype_of, process_group, ranks
 from probe import Candidates, Probe, accuracies
 from vit import assign
 from weights import load_backbone
@@ -89,7 +89,7 @@ def fresh_features(s, rows):
         s.train, rows, s.cfg, o.iterations, o.batch, s.device, o.seed, *ranks()
     )
     for image_BCSS, row_B in crops:
-        yield features(tokens(s.backbone, image_BCSS.to(DTYPES[s.cfg.precision]))), row_B
+        yield features(tokens(s.backbone, image_BCSS.to(dtype_of(s.cfg)))), row_B
 
 
 # ---- methods: each trains candidates for every target on some rows ------------------------------
