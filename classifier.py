@@ -27,9 +27,8 @@ import checkpoint
 import config
 import data
 from config import UserError
-from eval_knn import in_order
 from index import warn
-from labelled import Numbered, augmented_batches
+from labelled import Numbered, augmented_batches, of_all_ranks
 from parallel import dtype_of, pick_device, ranks, sum_over_ranks
 from sources import open_files
 from vit import VisionTransformer
@@ -75,7 +74,7 @@ def extract(backbone, source, cfg, device, what):
             found.append(features(tokens(backbone, image_BCHW.to(dtype_of(cfg)))))
             rows.append(row_B.to(device))
             bar.update(len(row_B) * world)
-    x_NF, row_N = (in_order(torch.cat(parts), len(source)) for parts in (found, rows))
+    x_NF, row_N = (of_all_ranks(torch.cat(parts), len(source)) for parts in (found, rows))
     return x_NF, row_N.cpu() != torch.arange(len(source))
 
 
@@ -181,7 +180,7 @@ def percentages(classifier, source, labels, cfg, device):
     for image_BCSS, _ in batches:
         logits = classifier(image_BCSS.to(dtype_of(cfg)))
         guesses.append(torch.stack([logit_BC.argmax(dim=1) for logit_BC in logits], dim=1))
-    guess_NT = in_order(torch.cat(guesses), len(source)).cpu()
+    guess_NT = of_all_ranks(torch.cat(guesses), len(source)).cpu()
     right = [guess_N[x >= 0] == x[x >= 0] for guess_N, x in zip(guess_NT.T, labels, strict=True)]
     return [100 * own.float().mean().item() for own in right]
 

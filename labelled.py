@@ -24,6 +24,7 @@ import augment
 import data
 from config import UserError
 from data import Order, Part
+from parallel import gather_from_ranks, ranks
 from sources import Files, open_source, read_or_next, split_folder
 
 UNKNOWN = -1
@@ -188,6 +189,12 @@ class Numbered(Part):
 
     def label(self, i):
         return i
+
+
+def of_all_ranks(own, total):
+    """The rows of all ranks, each of which has every `world`-th, in the order of the source."""
+    rows, _ = gather_from_ranks(own)
+    return rows.unflatten(0, (ranks()[1], -1)).transpose(0, 1).flatten(0, 1)[:total]
 
 
 class RandomCrops:
