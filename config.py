@@ -453,8 +453,10 @@ def take_options(words, defaults):
         if not equals or key not in defaults:
             rest.append(word)
             continue
-        kind = type(defaults[key])
-        value = text if kind is str else yaml.safe_load(text)
+        kind, value = type(defaults[key]), text
+        if kind is not str:
+            with contextlib.suppress(yaml.YAMLError):
+                value = yaml.safe_load(text)
         setattr(options, key, convert(value, kind, key, f"override {word}"))
     return options, rest
 

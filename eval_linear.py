@@ -163,6 +163,7 @@ def finetuned(s, results, kept, held):
     labels = [target.train_N for target in s.targets]
 
     def train(heads, rows):
+        torch.manual_seed(s.o.seed)  # the neck begins the same on all ranks
         own = Classifier(copy.deepcopy(s.backbone), heads, s.o.neck).to(s.device)
         return classifiers.finetune(own, s.train, labels, rows, s.cfg, s.o, s.device).eval()
 

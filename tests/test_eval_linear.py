@@ -412,6 +412,7 @@ def test_a_command_of_the_readme_runs(place, tmp_path, words, monkeypatch):
 BAD = [
     (["{run}", "batch=0"], "batch must be at least 1"),
     (["{run}", "iterations=few"], "iterations must be a whole number"),
+    (["{run}", "seed=[1"], "seed must be a whole number"),
     (["{run}", "held_out=1.0"], "held_out=1.0"),
     (["{run}", "finetune=9"], "the backbone has 6 blocks"),
     (["{run}", "data.rot=x"], "did you mean data.root?"),
