@@ -167,9 +167,11 @@ def table(out):
 def insert(path, text):
     """Replace what stands between the two markers of a file."""
     old = path.read_text(encoding="utf-8")
-    begin, end = "<!-- measured -->\n", "\n<!-- end -->"
-    before, _, rest = old.partition(begin)
-    path.write_text(before + begin + text + end + rest.partition(end)[2], encoding="utf-8")
+    begin, end = "<!-- measured -->", "<!-- end -->"
+    if not old.find(begin) < old.find(end):
+        sys.exit(f"{path}: {begin} and {end} must stand in it, in this order")
+    before, after = old.partition(begin)[0], old.partition(end)[2]
+    path.write_text(f"{before}{begin}\n{text}\n{end}{after}", encoding="utf-8")
 
 
 def main(argv):
