@@ -289,14 +289,14 @@ def neighbours(run):
     train, test = data.evaluation_images(cfg)
     train, test = data.Part(train, range(2000)), data.Part(test, [1, 6, 8])
     nets = {"pixels": RawPixels(), "untrained": untrained.backbone.eval(), "trained": trained}
-    page = Page(900, 430)
+    page = Page(900, 380)
     for n, (title, net) in enumerate(nets.items()):
         train_ND, _ = extract_features(net, train, cfg, torch.device("cpu"))
         test_MD, _ = extract_features(net, test, cfg, torch.device("cpu"))
         nearest_Mk = (test_MD @ train_ND.T).topk(4, dim=1).indices.tolist()
         page.text(140 + n * 255, 16, f"nearest by {title}", 13, GREY, "lm")
         for m, nearest in enumerate(nearest_Mk):
-            y = 40 + m * 128
+            y = 40 + m * 104
             put(page, test.read(m), 20, y, 84)
             for j, i in enumerate(nearest):
                 right = train.label(i) == test.label(m)
@@ -304,7 +304,7 @@ def neighbours(run):
                 put(page, train.read(i), x, below, 54)
                 fill(page, x, below + 58, 54, 6, GREEN if right else ORANGE)
     page.text(20, 16, "test image", 13, GREY, "lm")
-    page.text(20, 416, "green: the same class (palette and glyph); orange: another", 12, INK, "lm")
+    page.text(20, 360, "green: the same class (palette and glyph); orange: another", 12, INK, "lm")
     save(page, "10-neighbours")
 
 

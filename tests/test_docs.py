@@ -72,8 +72,26 @@ def test_every_function_that_a_page_names_exists(page):
 def test_every_relative_link_leads_to_a_file(page):
     text = FENCE.sub("", page.read_text(encoding="utf-8"))
     links = [link for link in re.findall(r"\]\(([^)\s]+)\)", text) if "://" not in link]
-    wrong = [link for link in links if not (page.parent / link.partition("#")[0]).exists()]
+    wrong = [link for link in links if not leads_somewhere(link, page)]
     assert not wrong
+
+
+def leads_somewhere(link, page):
+    """Whether a relative link leads to a file, and its #anchor to a heading there."""
+    file, _, anchor = link.partition("#")
+    target = page.parent / file if file else page
+    if not anchor or not target.exists():
+        return target.exists()
+    headings = re.findall(r"^#+ (.*)$", target.read_text(encoding="utf-8"), re.MULTILINE)
+    slugs = [re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings]
+    return anchor in slugs
+
+
+def test_a_link_to_a_missing_file_or_heading_is_noticed(tmp_path):
+    page = tmp_path / "a.md"
+    page.write_text("# One, [two]\n")
+    links = ["a.md", "b.md", "#one-two", "a.md#one-two", "a.md#two"]
+    assert [leads_somewhere(link, page) for link in links] == [True, False, True, True, False]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=title)
