@@ -234,7 +234,7 @@ def test_training_on_two_processes_runs_as_the_lesson_says(photos, tmp_path):
     words = shlex.split(line)[1:]
     words += [*(w for w in MADE_TINY if "parallel" not in w), f"data.root={photos}"]
     launch = [sys.executable, "-m", "torch.distributed.run", *words, f"out={tmp_path / 'run'}"]
-    done = subprocess.run(launch, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(launch, cwd=ROOT, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr
 
 
