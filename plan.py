@@ -255,7 +255,7 @@ def plan_step(cfg, world):
             gc.collect()
             counter.restart()
             step()
-            peak, moved = counter.peak, counter.moved
+            peak, moved = counter.peak, dict(counter.moved)
             with flops:
                 step()
         return Plan(
