@@ -199,7 +199,7 @@ def fetch(name):
 
 
 def contents(path):
-    """({name: tensor} of a backbone, what else the file says of it: config and heads; arguments)."""
+    """({name: tensor} of a backbone, what else the file says: config and heads, or arguments)."""
     if path.suffix == ".safetensors":
         try:
             with safe_open(path, "pt") as file:
