@@ -142,7 +142,7 @@ class Optim:
 
 @dataclass
 class Distill:
-    teacher: str = ""  # for distill.py: run folder, teacher.pt or released backbone that teaches
+    teacher: str = ""  # for distill.py: run folder, file or released name of what teaches
     students: Words = ()  # sizes taught at once, each in a folder below out; empty: vit.size in out
     tokens: str = "all"  # patches in the iBOT loss: all, or masked (those that mask.* picks)
 
@@ -170,7 +170,7 @@ class Config:
     activation_checkpointing: str = "none"  # none, selective or full: compute again, save memory
     compile: bool = False  # torch.compile each block: slow start, faster steps
     accumulate: int = 1  # parts in which a process works through its images, to save memory
-    init_from: str = ""  # run folder or file of backbone weights to start from; empty: from random
+    init_from: str = ""  # run folder, file or released name (dinov2_vits14) to start from
     init_heads: bool = False  # also take the heads of init_from; false: fresh ones
     head_steps: int = 0  # first so many steps of fresh heads on the frozen backbone, in out/heads
     data: Data = field(default_factory=Data)

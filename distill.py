@@ -42,7 +42,7 @@ usage: torchrun distill.py CONFIG.yaml distill.teacher=RUN [key=value ...]
 Trains small students to say what a large, frozen teacher says. RUN is a run folder or teacher.pt:
   torchrun distill.py configs/distill_small.yaml distill.teacher=runs/micro
   torchrun distill.py configs/distill.yaml distill.teacher=runs/vitg14 'distill.students=[small]'
-  torchrun distill.py configs/distill.yaml distill.teacher=dinov2_vitg14.pth head_steps=10000
+  torchrun distill.py configs/distill.yaml distill.teacher=dinov2_vitg14 head_steps=10000
 The last one has no heads: 10,000 steps first train some on its frozen backbone, in out/heads.
 The same command again continues an interrupted run. Everything is written below `out`.
 A key that the yaml does not mention has the default below.
