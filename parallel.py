@@ -246,13 +246,14 @@ def shard(network, cfg, train):
     # gradients are summed in fp32. (The official code sums those of the backbone in fp16.)
     precision = MixedPrecisionPolicy(dtype_of(cfg), torch.float32, cast_forward_inputs=False)
     # As official: the student keeps gathered weights until its backward pass is over, the teacher,
-    # who has none, gives them back at once.
-    options = {"mp_policy": precision, "reshard_after_forward": not train}
+    # who has none, gives them back at once; so does a backbone that is frozen.
+    trained = {name: train for name, _ in network.named_children()}
+    trained["backbone"] = train and not cfg.optim.freeze_backbone
     for block in network.backbone.blocks:
-        fully_shard(block, **options)
+        fully_shard(block, mp_policy=precision, reshard_after_forward=not trained["backbone"])
     # Backbone and heads are roots of their own, so that a backbone can be called alone (k-NN).
-    for part in network.children():
-        fully_shard(part, **options)
+    for name, part in network.named_children():
+        fully_shard(part, mp_policy=precision, reshard_after_forward=not trained[name])
 
 
 @torch.no_grad()
