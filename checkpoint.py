@@ -31,7 +31,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_optimizer_state_dict
 
-from config import UserError, to_dict
+from config import Config, UserError, to_dict
 from parallel import ranks
 
 KEEP = 2  # one to continue from, one in case that one is damaged
@@ -262,6 +262,8 @@ FREE = (
     "activation_checkpointing",
     "compile",
     "init_from",
+    "init_heads",
+    "head_steps",
     "log.",
     "data.workers",
     "data.val",
@@ -278,7 +280,8 @@ def check_same(before, cfg):
             else:
                 yield prefix + key, list(value) if isinstance(value, tuple) else value
 
-    before, now = dict(flat(before)), dict(flat(to_dict(cfg)))
+    now, defaults = dict(flat(to_dict(cfg))), dict(flat(to_dict(Config())))
+    before = defaults | dict(flat(before))  # it may be older than a key
     for key in now:
         if not key.startswith(FREE) and before.get(key) != now[key]:
             raise UserError(

@@ -36,6 +36,7 @@ class RankError(UserError):
 Pair = tuple[float, float]
 Triple = tuple[float, float, float]
 Floats = tuple[float, ...]
+Words = tuple[str, ...]
 
 
 @dataclass
@@ -136,6 +137,14 @@ class Optim:
     patch_embed_lr: float = 0.2  # factor on the lr of the patch embedding
     freeze_last_layer: int = 1250  # steps at the start in which prototypes do not move
     betas: Pair = (0.9, 0.999)  # AdamW's averages of gradient and squared gradient
+    freeze_backbone: bool = False  # true: only the heads are trained
+
+
+@dataclass
+class Distill:
+    teacher: str = ""  # for distill.py: run folder, file or released name of what teaches
+    students: Words = ()  # sizes taught at once, each in a folder below out; empty: vit.size in out
+    tokens: str = "all"  # patches in the iBOT loss: all, or masked (those that mask.* picks)
 
 
 @dataclass
@@ -161,7 +170,9 @@ class Config:
     activation_checkpointing: str = "none"  # none, selective or full: compute again, save memory
     compile: bool = False  # torch.compile each block: slow start, faster steps
     accumulate: int = 1  # parts in which a process works through its images, to save memory
-    init_from: str = ""  # run folder or file of backbone weights to start from; empty: from random
+    init_from: str = ""  # run folder, file or released name (dinov2_vits14) to start from
+    init_heads: bool = False  # also take the heads of init_from; false: fresh ones
+    head_steps: int = 0  # first so many steps of fresh heads on the frozen backbone, in out/heads
     data: Data = field(default_factory=Data)
     crops: Crops = field(default_factory=Crops)
     augment: Augment = field(default_factory=Augment)
@@ -171,6 +182,7 @@ class Config:
     loss: Loss = field(default_factory=Loss)
     teacher: Teacher = field(default_factory=Teacher)
     optim: Optim = field(default_factory=Optim)
+    distill: Distill = field(default_factory=Distill)
     log: Log = field(default_factory=Log)
 
 
@@ -272,6 +284,7 @@ EXPECTED = {
     Pair: "two numbers [a, b]",
     Triple: "three numbers [a, b, c]",
     Floats: "a list of numbers",
+    Words: "a list of words",
 }
 
 
@@ -285,10 +298,11 @@ def convert(value, kind, key, source):
     if kind in (int, bool, str) and type(value) is kind:
         return value
     of_length = isinstance(value, (list, tuple)) and (
-        kind is Floats or len(value) == len(getattr(kind, "__args__", ()))
+        kind in (Floats, Words) or len(value) == len(getattr(kind, "__args__", ()))
     )
-    if of_length and kind in (Pair, Triple, Floats):
-        return tuple(convert(v, float, f"{key}[{i}]", source) for i, v in enumerate(value))
+    if of_length and kind in (Pair, Triple, Floats, Words):
+        each = kind.__args__[0]
+        return tuple(convert(v, each, f"{key}[{i}]", source) for i, v in enumerate(value))
     raise UserError(f"{source}: {key} must be {EXPECTED[kind]}, got {shown(value)}")
 
 
@@ -307,6 +321,7 @@ CHOICES = {
     "attention": ("auto", "xformers", "sdpa", "varlen", "plain"),
     "activation_checkpointing": ("none", "selective", "full"),
     "loss.centering": ("softmax", "sinkhorn"),
+    "distill.tokens": ("all", "masked"),
 }
 
 # must be      if within      keys (a list of numbers is checked one by one)
@@ -314,12 +329,12 @@ BOUNDS = [
     ("at least 1", (1, math.inf), """steps batch accumulate data.channels crops.global_size
         crops.local_size vit.patch head.prototypes head.hidden head.bottleneck head.layers
         log.every log.save_every"""),
-    ("at least 0", (0, math.inf), """seed data.workers crops.local_count augment.brightness
-        augment.contrast augment.saturation vit.registers vit.layerscale vit.interpolate_offset
-        vit.init_std head.ibot_prototypes head.ibot_bottleneck loss.dino loss.ibot loss.koleo
-        teacher.temp_warmup optim.lr optim.min_lr optim.warmup optim.weight_decay
-        optim.weight_decay_end optim.clip optim.patch_embed_lr optim.freeze_last_layer
-        log.knn_every"""),
+    ("at least 0", (0, math.inf), """seed head_steps data.workers crops.local_count
+        augment.brightness augment.contrast augment.saturation vit.registers vit.layerscale
+        vit.interpolate_offset vit.init_std head.ibot_prototypes head.ibot_bottleneck
+        loss.dino loss.ibot loss.koleo teacher.temp_warmup optim.lr optim.min_lr optim.warmup
+        optim.weight_decay optim.weight_decay_end optim.clip optim.patch_embed_lr
+        optim.freeze_last_layer log.knn_every"""),
     ("above 0", (1e-12, math.inf), """data.std crops.ratio augment.blur_sigma loss.student_temp
         teacher.temp teacher.temp_start"""),
     ("above 0 and at most 1", (1e-12, 1), "crops.global_scale crops.local_scale optim.layer_decay"),
@@ -369,6 +384,13 @@ def check(cfg):
         )
     if cfg.loss.dino == cfg.loss.ibot == cfg.loss.koleo == 0:
         raise UserError("loss.dino, loss.ibot and loss.koleo are all 0: set one above 0")
+    if cfg.init_heads and not cfg.init_from:
+        raise UserError("init_heads=true has no file to take heads from: set init_from")
+    if cfg.head_steps and (cfg.init_heads or not (cfg.init_from or cfg.distill.teacher)):
+        raise UserError(
+            f"head_steps={cfg.head_steps} trains fresh heads on given weights: "
+            "set init_from and init_heads=false, or head_steps=0"
+        )
     if cfg.device == "cpu" and cfg.precision == "fp16":
         raise UserError("precision=fp16 needs a GPU: use precision=auto with device=cpu")
     if not cfg.head.separate and (cfg.head.ibot_prototypes or cfg.head.ibot_bottleneck):

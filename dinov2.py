@@ -106,6 +106,14 @@ def targets(score_NK, temp, centers, loss):
     return sinkhorn_knopp(score_NK, temp)
 
 
+class Targets(NamedTuple):
+    """What the teacher says about a batch, as the student is to say it."""
+
+    dino: Tensor  # (T * B, K)
+    ibot: Tensor | None  # (M, K)
+    signs: dict  # of health; empty unless asked for
+
+
 def objective(student, teacher, centers, batch, temp, weights, rng=None, kept=None, health=False):
     """One batch -> (loss, log): the loss to differentiate, and its terms as tensors by name.
 
@@ -114,13 +122,22 @@ def objective(student, teacher, centers, batch, temp, weights, rng=None, kept=No
     health   also log the signs of collapse; costs a little, so not in every step
     The log shows each term as it enters the loss. (The official log halves koleo and ibot.)
     """
-    T = LARGE_CROPS
-    indices = batch.mask_indices if weights.ibot else None
-    with torch.no_grad():  # the teacher sees the large crops, whole
-        told = teacher([batch.global_crops], mask_indices=indices)
-        dino_target_NK = targets(told.cls_score, temp, centers, "dino")
-        ibot_target_MK = targets(told.patch_score, temp, centers, "ibot") if weights.ibot else None
+    told = ask_teacher(teacher, centers, batch, temp, weights, health)
+    return teach_student(student, batch, told, weights, rng, kept)
 
+
+@torch.no_grad()
+def ask_teacher(teacher, centers, batch, temp, weights, health=False):
+    """The first half of the objective: the teacher sees the large crops, whole -> Targets."""
+    told = teacher([batch.global_crops], mask_indices=batch.mask_indices if weights.ibot else None)
+    dino_NK = targets(told.cls_score, temp, centers, "dino")
+    ibot_MK = targets(told.patch_score, temp, centers, "ibot") if weights.ibot else None
+    return Targets(dino_NK, ibot_MK, health_signs(told, dino_NK, temp) if health else {})
+
+
+def teach_student(student, batch, told, weights, rng=None, kept=None):
+    """The second half: what the student says of its crops against the Targets -> (loss, log)."""
+    T, indices = LARGE_CROPS, batch.mask_indices if weights.ibot else None
     # Ablation: pass masks=None, and iBOT becomes plain distillation of visible patches.
     crops = [c for c in (batch.global_crops, batch.local_crops) if len(c)]
     said = student(crops, batch.masks, indices, rng=rng, kept=kept)
@@ -128,14 +145,12 @@ def objective(student, teacher, centers, batch, temp, weights, rng=None, kept=No
     # [CLS] of the masked crops enters DINO and KoLeo too: there is no second, unmasked pass.
     B = len(batch.global_crops) // T
     small, large = dino_loss(
-        said.cls_score.unflatten(0, (-1, B)),
-        dino_target_NK.unflatten(0, (T, B)),
-        weights.student_temp,
+        said.cls_score.unflatten(0, (-1, B)), told.dino.unflatten(0, (T, B)), weights.student_temp
     )
     log = {"dino_global": weights.dino * large, "dino_local": weights.dino * small}
     if weights.ibot:
         ibot = ibot_loss(
-            said.patch_score, ibot_target_MK, batch.mask_weights, T * B, weights.student_temp
+            said.patch_score, told.ibot, batch.mask_weights, T * B, weights.student_temp
         )
         log["ibot"] = weights.ibot * ibot
     if weights.koleo:
@@ -143,9 +158,7 @@ def objective(student, teacher, centers, batch, temp, weights, rng=None, kept=No
         views = said.cls.chunk(T)
         log["koleo"] = weights.koleo * sum(koleo_loss(v, weights.koleo_all_ranks) for v in views)
     loss = sum(log.values())
-    log = {"loss": loss, **log}
-    if health:
-        log |= health_signs(told, dino_target_NK, temp)
+    log = {"loss": loss, **log, **told.signs}
     return loss, {name: value.detach() for name, value in log.items()}
 
 
@@ -176,15 +189,17 @@ def start_values(cfg):
     """The loss terms of a network that has learnt nothing: uniform predictions over K prototypes.
 
     mean of cross-entropies = ln K, in parts by the number of crop pairs; iBOT = ln(K) / 2 because
-    half of the large crops have no masks. Real runs start a few percent above.
+    half of the large crops have no masks (ln K in a distillation on all tokens). Real runs start a
+    few percent above.
     """
     w, K, K_ibot = cfg.loss, cfg.head.prototypes, ibot_prototypes(cfg)
     T, L = LARGE_CROPS, cfg.crops.local_count
     pairs = T * (T - 1) + T * L
+    all_tokens = cfg.distill.teacher and cfg.distill.tokens == "all"
     values = {
         "dino_global": w.dino * T * (T - 1) / pairs * math.log(K),
         "dino_local": w.dino * T * L / pairs * math.log(K),
-        "ibot": w.ibot * cfg.mask.probability * math.log(K_ibot),
+        "ibot": w.ibot * (1 if all_tokens else cfg.mask.probability) * math.log(K_ibot),
     }
     return {name: value for name, value in values.items() if value}
 

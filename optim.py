@@ -38,6 +38,16 @@ class Schedule(NamedTuple):
     teacher_temp: float
 
 
+def compress(cfg, steps):
+    """Give a Config this many steps, and shrink what is counted in steps in proportion."""
+    share = steps / cfg.steps
+    for section, key in (
+        (cfg.optim, "warmup"), (cfg.optim, "freeze_last_layer"), (cfg.teacher, "temp_warmup")
+    ):  # fmt: skip
+        setattr(section, key, round(share * getattr(section, key)))
+    cfg.steps = steps
+
+
 def scaled_lr(lr, batch):
     """lr is stated for 1,024 images a step and scaled by the square root of the real number."""
     return lr * math.sqrt(batch / 1024)
@@ -80,9 +90,14 @@ def multipliers(name, depth, layer_decay=1.0, patch_embed_lr=1.0):
 
 
 def param_groups(network, layer_decay=1.0, patch_embed_lr=1.0):
-    """Group the parameters of a Network by their multipliers, in order of appearance."""
+    """Group the parameters of a Network by their multipliers, in order of appearance.
+
+    Frozen parameters are left out: weight decay does not reach them either.
+    """
     groups = {}
     for name, parameter in network.named_parameters():
+        if not parameter.requires_grad:
+            continue
         key = multipliers(name, network.backbone.depth, layer_decay, patch_embed_lr)
         lr_mult, wd_mult, last_layer = key
         group = groups.setdefault(
@@ -111,10 +126,12 @@ def clip_each_part(network, max_norm):
     """Clip the gradient of backbone and each head apart to max_norm; return the norms before.
 
     0 or None turns clipping off. One norm over everything would let the heads, whose gradients are
-    larger, scale the backbone down.
+    larger, scale the backbone down. A frozen part has none.
     """
     norms = {}
     for name, part in network.named_children():
+        if not any(p.requires_grad for p in part.parameters()):
+            continue
         limit = max_norm or math.inf
         norms[name] = torch.nn.utils.clip_grad_norm_(part.parameters(), limit)
     return norms

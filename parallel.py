@@ -246,24 +246,25 @@ def shard(network, cfg, train):
     # gradients are summed in fp32. (The official code sums those of the backbone in fp16.)
     precision = MixedPrecisionPolicy(dtype_of(cfg), torch.float32, cast_forward_inputs=False)
     # As official: the student keeps gathered weights until its backward pass is over, the teacher,
-    # who has none, gives them back at once.
-    options = {"mp_policy": precision, "reshard_after_forward": not train}
-
-    def placement(parameter):
-        """Along which dimension to cut: the first, but tokens and positions along their channels.
-
-        They have one row. The first rank would get all of it, and the others as much padding: with
-        1,024 ranks, a fourth of what ViT-g sends.
-        """
-        if len(parameter) == 1 and parameter.shape[-1] % ranks()[1] == 0:
-            return Shard(parameter.dim() - 1)
-
-    options["shard_placement_fn"] = placement
+    # who has none, gives them back at once; so does a backbone that is frozen.
+    trained = {name: train for name, _ in network.named_children()}
+    trained["backbone"] = train and not cfg.optim.freeze_backbone
+    options = {"mp_policy": precision, "shard_placement_fn": cut}
     for block in network.backbone.blocks:
-        fully_shard(block, **options)
+        fully_shard(block, reshard_after_forward=not trained["backbone"], **options)
     # Backbone and heads are roots of their own, so that a backbone can be called alone (k-NN).
-    for part in network.children():
-        fully_shard(part, **options)
+    for name, part in network.named_children():
+        fully_shard(part, reshard_after_forward=not trained[name], **options)
+
+
+def cut(parameter):
+    """The dimension along which FSDP cuts a parameter: the first, but of a single row the last.
+
+    Tokens and positions have one row. The first rank would get all of it, and every other one as
+    much padding: with 256 ranks, 8 % of what ViT-g sends.
+    """
+    if len(parameter) == 1 and parameter.shape[-1] % ranks()[1] == 0:
+        return Shard(parameter.dim() - 1)
 
 
 @torch.no_grad()

@@ -32,7 +32,9 @@ TERMS = ("dino_global", "dino_local", "ibot", "koleo")
 class Reporter:
     """Follows a run from its first to its last step."""
 
-    def __init__(self, cfg, source, held_out, student, device, rank, world, start):
+    def __init__(self, cfg, source, held_out, student, device, rank, world, start, name=""):
+        """name: of the student where there are several, to tell their lines apart."""
+        self.name = f"{name}: " if name else ""
         self.cfg, self.device, self.rank, self.world = cfg, device, rank, world
         self.out, self.images = Path(cfg.out), len(source)
         self.met, self.bad, self.warned, self.writers = [], set(), set(), []
@@ -44,7 +46,7 @@ class Reporter:
             print(start_card(cfg, source, held_out, student, device, world, start), flush=True)
             if cfg.log.pictures and start == 0:
                 draw_crops(source, cfg, self.out / "crops.png")
-        self.live = Live(cfg.steps, start, rank == 0 and sys.stderr.isatty())
+        self.live = Live(cfg.steps, start, rank == 0 and sys.stderr.isatty(), self.name)
 
     def earlier_lines(self, start):
         """The log up to the checkpoint, of which it may be ahead; remembers some of it."""
@@ -180,7 +182,7 @@ class Reporter:
 
     def say(self, text):
         """A line of text that does not tear the progress line."""
-        tqdm.write(text, file=sys.stdout)
+        tqdm.write(self.name + text, file=sys.stdout)
         sys.stdout.flush()
 
     def show(self, line):
@@ -233,10 +235,10 @@ class Live:
     One row for all of it would be 150 columns wide, and cut off where windows have 80.
     """
 
-    def __init__(self, steps, start, visible):
+    def __init__(self, steps, start, visible, name=""):
         self.rows = []
         if visible:
-            bar = "step {n:,}/{total:,} |{bar}| {desc}"
+            bar = name + "step {n:,}/{total:,} |{bar}| {desc}"
             self.rows = [tqdm(total=steps, initial=start, bar_format=bar, desc="first step")]
             self.rows += [tqdm(bar_format="{desc}") for _ in range(2)]
 
@@ -298,6 +300,7 @@ def start_card(cfg, source, held_out, student, device, world, start):
         "network": f"{cfg.vit.size}/{cfg.vit.patch}: "
         + ", ".join(f"{name} {count / 1e6:.2f} M" for name, count in parts.items())
         + " parameters",
+        "teacher": f"{cfg.distill.teacher}, frozen; iBOT on {cfg.distill.tokens} patches",
         "batch": f"{cfg.batch} images x (2 crops of {cfg.crops.global_size} px + "
         f"{cfg.crops.local_count} of {cfg.crops.local_size} px)",
         "steps": f"{start:,} to {cfg.steps:,}, {cfg.steps * cfg.batch / len(source):.1f} epochs",
@@ -309,6 +312,8 @@ def start_card(cfg, source, held_out, student, device, world, start):
     }
     if cfg.precision == "bf16" and not multiplies_bf16(device):
         rows["slow"] = "this device has no bf16 matrix products: precision=auto is far faster"
+    if not cfg.distill.teacher:
+        del rows["teacher"]
     if cfg.data.channels != 3:
         rows["note"] = f"{cfg.data.channels} channels: colour changes need RGB and are left out"
     title = f"nanoDINOv2 continues after step {start:,}" if start else "nanoDINOv2 starts"

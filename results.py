@@ -3,6 +3,8 @@
     knn          accuracy of k-NN (k = 20) on held-out images, by the teacher's features
     knn_random   the same of the untrained network   } what training has to beat
     knn_pixels   the same of the pixels themselves   }
+    knn_teacher  of the teacher of a distillation
+    knn_start    of the network that init_from gave, before the first step: what must not get worse
 
 All in percent.
 """
@@ -25,20 +27,26 @@ from patches import anywhere, patch_features, pca_colours
 from weights import load_backbone
 
 K_REPORTED = 20  # the `knn` of log and summary; the other k are in the summary
-FLOORS = {"knn_random": "untrained network", "knn_pixels": "raw pixels"}
+FLOORS = {
+    "knn_start": "before the first step",
+    "knn_random": "untrained network",
+    "knn_pixels": "raw pixels",
+    "knn_teacher": "its teacher",
+}
 
 
 def evaluate(backbone, held_out, cfg, device, floors=False):
     """k-NN accuracy of the backbone; with floors (at step 0) also of raw pixels.
 
-    At step 0 the backbone is a random network, which is the other floor.
+    At step 0 the backbone is what the run starts with, which is the other floor.
     """
     if held_out is None:
         return {}
     result = {"knn": headline(eval_knn.evaluate(backbone, held_out, cfg, device))}
     if floors:
         pixels = eval_knn.evaluate(eval_knn.RawPixels(), held_out, cfg, device)
-        result |= {"knn_random": result["knn"], "knn_pixels": headline(pixels)}
+        start = "knn_start" if cfg.init_from else "knn_random"
+        result |= {start: result["knn"], "knn_pixels": headline(pixels)}
     return result
 
 
@@ -65,6 +73,7 @@ def final_report(report, backbone, source, held_out, cfg, device):
         "steps": cfg.steps,
         **scores,
     }
+    summary |= {name: value for name, value in report.floors.items() if name not in summary}
     if cfg.log.pictures:
         curves.draw(report.out)
         draw_pca(source, cfg, report.out / "pca.png")

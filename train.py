@@ -15,6 +15,7 @@ The method is in dinov2.py, its numbers are in config.yaml; `python train.py --h
     RUN/frames/        features of a few images at each evaluation, for `visualize.py animation`
 """
 
+import copy
 import os
 import random
 import signal
@@ -25,15 +26,16 @@ import torch
 import config
 import data
 from augment import colour
-from checkpoint import Checkpoints
+from checkpoint import Checkpoints, checkpoints
 from dinov2 import build_centers, build_network, ema_update, objective
 from frames import keep_frame
-from optim import clip_each_part, param_groups, schedules, set_schedule
+from optim import clip_each_part, compress, param_groups, schedules, set_schedule
 from parallel import (
     dtype_of,
     materialize,
     max_over_ranks,
     process_group,
+    ranks,
     replicate,
     synchronized,
     whole,
@@ -41,7 +43,7 @@ from parallel import (
 )
 from report import Reporter
 from results import evaluate, final_report, finished
-from weights import start_from
+from start import start_from
 
 
 def outline(cfg):
@@ -59,6 +61,7 @@ def build(cfg, device, networks=None):
     for network in (student, teacher):
         materialize(network, device, cfg.seed)
     teacher.requires_grad_(False).eval()
+    student.backbone.requires_grad_(not cfg.optim.freeze_backbone)
     groups = param_groups(student, cfg.optim.layer_decay, cfg.optim.patch_embed_lr)
     optimizer = torch.optim.AdamW(groups, lr=0.0, betas=cfg.optim.betas, fused=True)
     return student, teacher, build_centers(cfg).to(device), optimizer
@@ -81,6 +84,12 @@ def to_device(batch, cfg, device):
     )
 
 
+def micro_batches(batch, cfg, device):
+    """The parts in which a process works through its batch, on the device."""
+    parts = data.split(batch, cfg.accumulate) if cfg.accumulate > 1 else [batch]
+    return [to_device(part, cfg, device) for part in parts]
+
+
 def backward(model, teacher, centers, parts, temp, cfg, scaler, rng, health):
     """Gradients of one step from the micro-batches it is cut into; the log of the last of them.
 
@@ -97,76 +106,146 @@ def backward(model, teacher, centers, parts, temp, cfg, scaler, rng, health):
     return log
 
 
+class Run:
+    """A student in training and all that belongs to it. (distill.py has several side by side.)
+
+    `teacher` is the moving average of the student: what is evaluated, and written to teacher.pt.
+    """
+
+    def __init__(self, cfg, device):
+        """Build it, and continue where an interrupted run has stopped."""
+        self.cfg, self.device = cfg, device
+        self.student, self.teacher, self.centers, self.optimizer = build(cfg, device)
+        self.model = replicate(self.student, cfg)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=cfg.precision == "fp16")
+        networks = self.student, self.teacher
+        self.saved = Checkpoints(cfg, *networks, self.centers, self.optimizer, self.scaler)
+        self.start = self.saved.load()
+        if self.start == 0 and cfg.init_from:
+            print_once(start_from(cfg, *networks))
+
+    def finished(self):
+        """What to say of a run that has nothing left to do, else ""."""
+        return finished(self.cfg) if self.start == self.cfg.steps else ""
+
+    def open(self, source, held_out, rank, world, name=""):
+        """Begin the report of the run on these images; name: of one student among several."""
+        self.source, self.held_out = source, held_out
+        self.report = Reporter(
+            self.cfg, source, held_out, self.student, self.device, rank, world, self.start, name
+        )
+
+    def evaluate(self, step, known=None):
+        """k-NN of the teacher, where it is due before this step; known: figures to put beside."""
+        every = self.cfg.log.knn_every
+        if step == 0 or (every and step % every == 0):
+            scores = evaluate(
+                self.teacher.backbone, self.held_out, self.cfg, self.device, floors=step == 0
+            )
+            shown = self.held_out[1] if self.held_out else self.source
+            keep_frame(step, self.teacher.backbone, shown, self.cfg)
+            self.report.evaluation(step, scores | (known or {}))
+
+    def update(self, step, now, log, watch):
+        """All that follows the backward pass: clip, refuse what is not finite, step, average."""
+        self.scaler.unscale_(self.optimizer)
+        norms = clip_each_part(self.student, self.cfg.optim.clip)
+        norms = {f"grad_{name}": whole(norm) for name, norm in norms.items()}
+        watch.guard(self, step + 1, log, norms)  # what is not finite changes no weight
+        set_schedule(self.optimizer, now)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        ema_update(self.teacher, self.student, now.momentum)
+        if reporting(step, self.cfg):
+            self.saved.check()
+            self.report.step(step + 1, log | norms, now)
+
+    def finish(self):
+        """The last evaluation, the pictures and summary.json."""
+        backbone = self.teacher.backbone
+        final_report(self.report, backbone, self.source, self.held_out, self.cfg, self.device)
+
+
+def reporting(step, cfg):
+    """Whether this step is one that the log shows."""
+    return step == 0 or (step + 1) % cfg.log.every == 0
+
+
 @config.report_errors
 def main(argv):
     cfg = config.load(*config.main_arguments(argv))
+    if cfg.distill.teacher:
+        raise config.UserError(f"distill.teacher is set: use distill.py {argv[0]}, or leave it out")
     with process_group(cfg) as (device, rank, world):
+        if cfg.head_steps and not checkpoints(cfg.out):
+            train_heads(cfg, device, rank, world)
         train(cfg, device, rank, world)
+
+
+def train_heads(cfg, device, rank, world):
+    """Train fresh heads on the frozen backbone of cfg.init_from, as a run of its own in out/heads.
+
+    Its schedules are those of the config, compressed. Afterwards cfg starts from its result.
+    """
+    first = copy.deepcopy(cfg)
+    compress(first, cfg.head_steps)
+    first.out, first.head_steps, first.optim.freeze_backbone = f"{cfg.out}/heads", 0, True
+    first.vit.drop_path = 0.0
+    train(first, device, rank, world)
+    cfg.init_from, cfg.init_heads, cfg.head_steps = first.out, True, 0
 
 
 def train(cfg, device, rank, world):
     watch = Watch(device, rank)
 
-    # ---- data, networks, optimiser ----
+    # ---- images; networks and optimiser, those of an interrupted run as they were ----
     source = data.open_source(cfg.data.root, cfg, "train")
     held_out = data.evaluation_images(cfg)
-    student, teacher, centers, optimizer = build(cfg, device)
-    model = replicate(student, cfg)
-    scaler = torch.amp.GradScaler(device.type, enabled=cfg.precision == "fp16")
-
-    # ---- continue an interrupted run ----
-    saved = Checkpoints(cfg, student, teacher, centers, optimizer, scaler)
-    start = saved.load()
-    if start == cfg.steps and (words := finished(cfg)):
-        return print(words) if rank == 0 else None
-    if start == 0 and cfg.init_from:
-        words = start_from(cfg, student, teacher)
-        if rank == 0:
-            print(words)
-    report = Reporter(cfg, source, held_out, student, device, rank, world, start)
+    run = Run(cfg, device)
+    if words := run.finished():
+        return print_once(words)
+    run.open(source, held_out, rank, world)
 
     # ---- the loop: every number is a function of the step, so there is nothing else to resume ----
-    batches = report.waiting(data.loader(cfg, source, start, rank, world))
-    for step, batch in enumerate(batches, start):
-        if step == 0 or (cfg.log.knn_every and step % cfg.log.knn_every == 0):
-            scores = evaluate(teacher.backbone, held_out, cfg, device, floors=step == 0)
-            keep_frame(step, teacher.backbone, held_out[1] if held_out else source, cfg)
-            report.evaluation(step, scores)
-        report.skipped(step, batch.skipped)
+    batches = run.report.waiting(data.loader(cfg, source, run.start, rank, world))
+    for step, batch in enumerate(batches, run.start):
+        run.evaluate(step)
+        run.report.skipped(step, batch.skipped)
         now = schedules(step, cfg)
-        set_schedule(optimizer, now)
         rng = seeded(f"{cfg.seed} drop path {step} {rank}")
-        reporting = step == 0 or (step + 1) % cfg.log.every == 0
-
-        parts = data.split(batch, cfg.accumulate) if cfg.accumulate > 1 else [batch]
-        parts = [to_device(part, cfg, device) for part in parts]
+        parts = micro_batches(batch, cfg, device)
         log = backward(
-            model, teacher, centers, parts, now.teacher_temp, cfg, scaler, rng, reporting
-        )
-        scaler.unscale_(optimizer)
-        norms = clip_each_part(student, cfg.optim.clip)
-        norms = {f"grad_{name}": whole(norm) for name, norm in norms.items()}
-        watch.guard(step + 1, optimizer, log, norms, scaler)  # what is not finite changes no weight
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad(set_to_none=True)
-        ema_update(teacher, student, now.momentum)
-
-        if reporting:
-            saved.check()
-            report.step(step + 1, log | norms, now)
-        asked_to_stop = watch.check()
-        if (step + 1) % cfg.log.save_every == 0 or step + 1 == cfg.steps or asked_to_stop:
-            asked_to_stop = watch.settle()  # a step that was not finite spoils the centres: no save
-            report.tell_skipped()
-            saved.save(step + 1)  # in the background
-        if asked_to_stop:
-            saved.wait()
-            report.close(f"stopped after step {step + 1} and saved; the same command continues")
-            sys.exit(128 + asked_to_stop)
-    saved.wait()
+            run.model, run.teacher, run.centers, parts, now.teacher_temp, cfg, run.scaler, rng,
+            reporting(step, cfg),
+        )  # fmt: skip
+        run.update(step, now, log, watch)
+        save_or_leave([run], step + 1, watch)
+    run.saved.wait()
     watch.saved = True
-    final_report(report, teacher.backbone, source, held_out, cfg, device)
+    run.finish()
+
+
+def save_or_leave(runs, done, watch):
+    """After so many steps: a checkpoint of each run where it is due, and the end if asked to."""
+    cfg = runs[0].cfg
+    asked_to_stop = watch.check(done - 1)
+    if done % cfg.log.save_every == 0 or done == cfg.steps or asked_to_stop:
+        asked_to_stop = watch.check(done)  # a step that was not finite spoils the centres: no save
+        for run in runs:
+            run.report.tell_skipped()
+            run.saved.save(done)  # in the background
+    if asked_to_stop:
+        for run in runs:
+            run.saved.wait()
+            run.report.close(f"stopped after step {done} and saved; the same command continues")
+        sys.exit(128 + asked_to_stop)
+
+
+def print_once(words):
+    """Print by the first of all processes."""
+    if ranks()[0] == 0:
+        print(words, flush=True)
 
 
 def seeded(words):
@@ -183,7 +262,7 @@ class Watch:
 
     def __init__(self, device, rank):
         self.device, self.rank = device, rank
-        self.signal, self.saved, self.pending, self.answer = 0, False, None, None
+        self.signal, self.saved, self.pending = 0, False, []
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self.remember)
 
@@ -199,35 +278,35 @@ class Watch:
         if leave:
             sys.exit(128 + number)
 
-    def guard(self, step, optimizer, log, norms, scaler):
+    def guard(self, run, step, log, norms):
         """Make the optimiser skip this step, on the device, if it is not finite anywhere."""
-        numbers = [log["loss"]]
-        if not scaler.is_enabled():  # which skips a step itself, as fp16 gradients may overflow
+        numbers, scaled = [log["loss"]], run.scaler.is_enabled()
+        if not scaled:  # which skips a step itself, as fp16 gradients may overflow
             numbers += norms.values()
         bad = (~torch.isfinite(torch.stack(numbers))).any().float()
         flags = max_over_ranks(torch.stack((bad, bad.new_tensor(float(self.signal)))))
-        if not scaler.is_enabled():
-            optimizer.found_inf = flags[0]
-        self.answer, self.pending = self.pending, (step, flags, log | norms)
+        if not scaled:
+            run.optimizer.found_inf = flags[0]
+        self.pending.append((step, flags, log | norms, run.cfg.out))
 
-    def check(self):
-        """The signal to stop for, or 0. Raises UserError naming the terms that are not finite."""
-        if self.answer is None:
-            return 0
-        step, flags, log = self.answer
-        bad, asked_to_stop = flags.tolist()
-        if bad:
-            terms = [f"{k}={v.item():.4g}" for k, v in log.items() if not torch.isfinite(v)]
-            raise config.UserError(
-                f"step {step} is not finite ({', '.join(terms) or 'on another process'}): it was "
-                "not taken and the last checkpoint is kept; lower optim.lr, or use precision=fp32"
-            )
-        return int(asked_to_stop)
+    def check(self, step):
+        """The signal to stop for, or 0, from the steps up to this one (the newest makes it wait).
 
-    def settle(self):
-        """The same of the step just taken; waits for it."""
-        self.answer = self.pending
-        return self.check()
+        Raises UserError naming the terms that are not finite.
+        """
+        asked_to_stop = 0
+        while self.pending and self.pending[0][0] <= step:
+            at, flags, log, out = self.pending.pop(0)
+            bad, number = flags.tolist()
+            if bad:
+                terms = [f"{k}={v.item():.4g}" for k, v in log.items() if not torch.isfinite(v)]
+                raise config.UserError(
+                    f"step {at} is not finite ({', '.join(terms) or 'on another process'}): it was "
+                    f"not taken and the last checkpoint in {out} is kept; lower optim.lr, or use "
+                    "precision=fp32"
+                )
+            asked_to_stop = max(asked_to_stop, int(number))
+        return asked_to_stop
 
 
 if __name__ == "__main__":

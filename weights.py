@@ -1,17 +1,12 @@
-"""From a file to a backbone: a trained one to use, or one to start another training from.
+"""From a file to a backbone: a trained one to use. (To start a training from one: start.py.)
 
     load_backbone("runs/x")               a run of ours (its teacher.pt), exactly as it was trained
     load_backbone("dinov2_vits14.pth")    a file under the released names; .safetensors as well
     load_backbone("dinov2_vitb14_reg")    a released network by name: fetched once, then kept
-    init_from=...  (config)               weights that a new run starts from; any of the above
 
 A file under the released names is nothing but tensors, and their shapes say what network it is.
 Names are strict: one that is missing, too many, or of another shape is an error that says so. Files
-are read as tensors only, so no code in them is ever run. For `init_from` two things may differ and
-are adapted: the grid of positions and the number of input channels. Heads always start fresh:
-prototypes belong to their images. From a backbone to a file: export.py.
-
-Shapes:  C input channels   N patches   D channels of the network
+are read as tensors only, so no code in them is ever run. From a backbone to a file: export.py.
 """
 
 import json
@@ -28,11 +23,10 @@ from safetensors import SafetensorError, safe_open
 
 from checkpoint import read
 from config import Config, UserError, from_dict
-from parallel import put
-from vit import SIZES, VisionTransformer, build_backbone, resize_positions
+from vit import SIZES, VisionTransformer, build_backbone
 
 PATCHES, POSITIONS = "patch_embed.proj.weight", "pos_embed"
-SAME = "vit.size, vit.patch, vit.registers and vit.ffn must be those of the file"
+OURS = ("config", "dino_head", "ibot_head")  # what a teacher.pt has beside its backbone
 
 ADDRESS = "https://dl.fbaipublicfiles.com/dinov2"
 # SHA-256 of the released files. Meta does not publish them: these are the values that independent
@@ -205,7 +199,7 @@ def fetch(name):
 
 
 def contents(path):
-    """({name: tensor} of a backbone, what else the file says of it: config, or arguments)."""
+    """({name: tensor} of a backbone, what else the file says: config and heads, or arguments)."""
     if path.suffix == ".safetensors":
         try:
             with safe_open(path, "pt") as file:
@@ -217,7 +211,7 @@ def contents(path):
     else:
         state = read(path)
         ours = isinstance(state, dict) and "backbone" in state and "config" in state
-        about = {"config": state["config"]} if ours else {}
+        about = {key: state[key] for key in OURS if key in state} if ours else {}
     state = state.get("backbone", state.get("teacher", state)) if isinstance(state, dict) else {}
     whole = isinstance(state, dict) and all(torch.is_tensor(value) for value in state.values())
     if not state or not whole:
@@ -238,58 +232,3 @@ def released_names(state):
         state = {name: value for (part, name), value in parts.items() if part == "backbone"}
     chunk = re.compile(r"^blocks\.\d+\.(\d+)\.")
     return {chunk.sub(r"blocks.\1.", name): value for name, value in state.items()}
-
-
-# ---- init_from ----------------------------------------------------------------------------------
-
-
-def start_from(cfg, *networks):
-    """Give each network the backbone weights of cfg.init_from; returns in words what was done."""
-    path = teacher_file(cfg.init_from)
-    shapes = {name: value.shape for name, value in networks[0].backbone.named_parameters()}
-    weights, notes = adapt(read_state(path), shapes, cfg.vit, f"init_from={path}")
-    for network in networks:
-        for name, parameter in network.backbone.named_parameters():
-            put(parameter, weights[name])  # of a shard, its part
-    return f"starts from {path}{', '.join(['', *notes])}; the heads are new"
-
-
-def read_state(path):
-    """{name: tensor} of the backbone in a teacher file, or in a file under the released names."""
-    return contents(path)[0]
-
-
-def adapt(state, shapes, vit, title):
-    """(fp32 weights of these shapes, notes on what was changed) from the tensors of a file."""
-    check_names(state, shapes, title, SAME)
-    weights, notes = {}, []
-    for name, shape in shapes.items():
-        value = state[name].float()
-        if name == POSITIONS and value.dim() == 3 and value.shape[1] != shape[1]:
-            old, new = (round((s[1] - 1) ** 0.5) for s in (value.shape, shape))
-            if old**2 + 1 == value.shape[1]:  # else it is refused below
-                offset, antialias = vit.interpolate_offset, vit.interpolate_antialias
-                value = resize_positions(value, new, new, offset, antialias)
-                notes.append(f"positions {old} x {old} resized to {new} x {new}")
-        if name == PATCHES and value.dim() == 4 and value.shape[1] != shape[1]:
-            notes.append(f"{value.shape[1]} input channels made {shape[1]}")
-            value = to_channels(value, shape[1])
-        check_shape(name, value, shape, title, SAME)
-        weights[name] = value
-    return weights, notes
-
-
-def to_channels(weight_DCPP, channels):
-    """Weights of the patch convolution for another number of input channels.
-
-    New channel c has the weights of old channel c % C, divided by how many channels share them; of
-    fewer channels, each has the sum of the old ones that fall to it. Either way the weights of a
-    pixel have the same sum as before, so an image that is equal in all (normalised) channels,
-    a grey one, gives the same patch tokens.
-    """
-    C = weight_DCPP.shape[1]
-    share_cC = torch.zeros(channels, C)
-    for i in range(max(channels, C)):
-        share_cC[i % channels, i % C] = 1
-    share_cC = share_cC / share_cC.sum(dim=0)
-    return torch.einsum("cC,DCpq->Dcpq", share_cC, weight_DCPP)

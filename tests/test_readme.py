@@ -88,6 +88,15 @@ def test_torchrun_is_a_way_to_start_it(tmp_path, photos):
     assert "Traceback" not in done.stderr and "Warning" not in done.stderr
 
 
+@pytest.mark.parametrize("words", commands(README, "distill.py"), ids=" ".join)
+def test_a_distillation_command_runs(tmp_path, trained, photos, words, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    places = [f"out={tmp_path / 'run'}", f"data.root={photos}", f"distill.teacher={trained}"]
+    done = run(tmp_path, [*words, *MADE_TINY, *places], program="distill")
+    assert done.code == 0, done.err
+    assert (tmp_path / "run" / "teacher.pt").exists()
+
+
 @pytest.mark.parametrize("words", commands(README, "eval_knn.py"), ids=" ".join)
 def test_an_evaluation_command_runs(tmp_path, trained, photos, words):
     words = [word for word in words[1:] if not word.startswith("data.")]

@@ -1,0 +1,230 @@
+"""Distil DINOv2: small students learn from a large, frozen teacher instead of from their own past.
+
+    torchrun distill.py configs/distill.yaml distill.teacher=runs/vitg14
+    torchrun --nproc_per_node=8 distill.py configs/distill.yaml 'distill.students=[small, base]'
+
+The events of train.py, with these differences (DINOv2, section 5, "Model distillation"; threads 114
+and 176 of the official repository, which has no code for it):
+  - the teacher is a larger network with its heads, both frozen
+  - nothing is hidden from the student, and it has no stochastic depth
+  - iBOT is about all patches of the large crops (distill.tokens=masked: about those that mask.*
+    picks, but in plain sight; so does the code of DINOv3)
+  - the product, in teacher.pt as ever, is a moving average of the student, who never listens to it
+Teacher and students have the size of patches and the number of prototypes in common, nothing else.
+The teacher looks once at each batch, however many students there are, and each process has its own
+images. A student is a run with a folder of its own.
+
+A teacher without heads, such as a released file, first gets fresh ones: head_steps steps of
+self-distillation on its frozen backbone. This is our way: the official heads were never released.
+"""
+
+import copy
+import sys
+from pathlib import Path
+
+import torch
+
+import config
+import data
+from config import UserError
+from dinov2 import ask_teacher, build_network, ibot_prototypes, teach_student
+from optim import schedules
+from parallel import process_group, synchronized, wrap
+from results import evaluate
+from start import put_parts, read_parts, vit_of
+from train import Run, Watch, micro_batches, print_once, reporting, save_or_leave, train_heads
+from vit import SIZES
+from weights import teacher_file
+
+USAGE = """
+usage: torchrun distill.py CONFIG.yaml distill.teacher=RUN [key=value ...]
+
+Trains small students to say what a large, frozen teacher says. RUN is a run folder or teacher.pt:
+  torchrun distill.py configs/distill_small.yaml distill.teacher=runs/micro
+  torchrun distill.py configs/distill.yaml distill.teacher=runs/vitg14 'distill.students=[small]'
+  torchrun distill.py configs/distill.yaml distill.teacher=dinov2_vitg14 head_steps=10000
+The last one has no heads: 10,000 steps first train some on its frozen backbone, in out/heads.
+The same command again continues an interrupted run. Everything is written below `out`.
+A key that the yaml does not mention has the default below.
+"""
+
+
+@config.report_errors
+def main(argv):
+    cfg = config.load(*config.main_arguments(argv, USAGE))
+    students = student_configs(cfg)
+    with process_group(cfg) as (device, rank, world):
+        distill(cfg, students, device, rank, world)
+
+
+def distill(cfg, students, device, rank, world):
+    # ---- images, teacher; the students, those of an interrupted run as they were ----
+    source = data.open_source(cfg.data.root, cfg, "train")
+    held_out = data.evaluation_images(cfg)
+    teacher = open_teacher(cfg, device, rank, world)
+    watch = Watch(device, rank)
+    runs = []
+    for run in [Run(each, device) for each in students]:
+        if words := run.finished():
+            print_once(words)
+            continue
+        run.open(source, held_out, rank, world, run.cfg.vit.size if cfg.distill.students else "")
+        runs.append(run)
+    if not runs:
+        return
+    start = min(run.start for run in runs)  # a kill may have come between two saves
+    batches = data.loader(students[0], source, start, rank, world)
+
+    # ---- the loop ----
+    for run in runs:
+        batches = run.report.waiting(batches)
+    for step, batch in enumerate(batches, start):
+        present = [run for run in runs if run.start <= step]
+        known = {}
+        if step == 0 and held_out:
+            known["knn_teacher"] = evaluate(teacher.backbone, held_out, cfg, device)["knn"]
+        for run in present:
+            run.evaluate(step, known)
+            run.report.skipped(step, batch.skipped)
+        now = schedules(step, cfg)
+        parts = [visible(part, cfg) for part in micro_batches(batch, cfg, device)]
+        logs = backward(present, teacher, parts, now.teacher_temp, cfg, reporting(step, cfg))
+        for run, log in zip(present, logs, strict=True):
+            run.update(step, now, log, watch)
+        save_or_leave(present, step + 1, watch)
+    for run in runs:
+        run.saved.wait()
+    watch.saved = True
+    for run in runs:
+        run.finish()
+
+
+def visible(batch, cfg):
+    """The batch with nothing hidden; with tokens=all, every patch of a large crop has its vote."""
+    masks = torch.zeros_like(batch.masks)
+    if cfg.distill.tokens == "masked":
+        return batch._replace(masks=masks)
+    everywhere = torch.arange(masks.numel(), device=masks.device)
+    return batch._replace(
+        masks=masks,
+        mask_indices=everywhere,
+        mask_weights=torch.full_like(everywhere, 1 / masks.shape[1], dtype=torch.float32),
+    )
+
+
+def backward(runs, teacher, parts, temp, cfg, health):
+    """Gradients of one step of every student; the logs of the last part. (train.backward is alike.)
+
+    Of each part the teacher speaks once.
+    """
+    for i, part in enumerate(parts, 1):
+        last, logs = i == len(parts), []
+        told = ask_teacher(teacher, {}, part, temp, cfg.loss, health and last)
+        for run in runs:
+            with synchronized(run.model, last):
+                loss, log = teach_student(run.model, part, told, cfg.loss)
+                run.scaler.scale(loss / len(parts)).backward()
+            logs.append(log)
+    return logs
+
+
+# ---- students -----------------------------------------------------------------------------------
+
+
+def student_configs(cfg):
+    """The Config of each student's run, after a check of what distillation asks of a config."""
+    if not cfg.distill.teacher:
+        raise UserError("distill.teacher is empty: set it to the run folder of the teacher")
+    if cfg.loss.centering != "sinkhorn":
+        raise UserError("loss.centering=softmax, but no centre follows a frozen teacher: "
+                        "set loss.centering=sinkhorn")  # fmt: skip
+    for size in cfg.distill.students:
+        if size not in SIZES:
+            raise UserError(f"distill.students: {size} is unknown, choose from {', '.join(SIZES)}")
+    if len(set(cfg.distill.students)) < len(cfg.distill.students):
+        raise UserError("distill.students names one size twice: both would have the same folder")
+    student = copy.deepcopy(cfg)
+    student.vit.drop_path, student.head_steps, student.distill.students = 0.0, 0, ()
+    if cfg.distill.tokens == "all":
+        student.mask.probability = 0.0  # there is nothing to pick
+    several = {size: copy.deepcopy(student) for size in cfg.distill.students}
+    for size, each in several.items():
+        each.out, each.vit.size = f"{cfg.out}/{size}", size
+    return list(several.values()) or [student]
+
+
+# ---- the teacher --------------------------------------------------------------------------------
+
+
+def open_teacher(cfg, device, rank, world):
+    """The frozen teacher; one without heads is first given some, if cfg.head_steps allows it."""
+    path = teacher_file(cfg.distill.teacher)
+    parts, its = read_teacher(path, cfg)
+    check_match(its, cfg, path, "dino_head" in parts)
+    if "dino_head" not in parts:
+        path = train_its_heads(path, its, cfg, device, rank, world)
+        parts, its = read_teacher(path, cfg)
+    with torch.device("meta"):
+        network = build_network(its, student=False)
+    wrap(network, its, train=False)
+    network.to_empty(device=device)
+    put_parts([network], parts, its.vit, title(path))
+    return network.requires_grad_(False).eval()
+
+
+def title(path):
+    return f"distill.teacher={path}"
+
+
+def read_teacher(path, cfg):
+    """(weights by part, Config) of a teacher: its own network, on the machine of cfg."""
+    parts, about = read_parts(path)
+    if "config" in about:
+        its = config.from_dict(about["config"], str(path))
+    else:  # a released file: the weights tell what network it is
+        its = copy.deepcopy(cfg)
+        vit_of(parts["backbone"], about, its.vit, path)
+    for key in ("precision", "device", "parallel", "attention", "compile"):
+        setattr(its, key, getattr(cfg, key))
+    return parts, its
+
+
+def check_match(its, cfg, path, heads):
+    """Raise UserError unless teacher and students look at the same patches and prototypes."""
+    for key in ("vit.patch", "data.channels", "data.mean", "data.std"):
+        ours, theirs = config.lookup(cfg, key), config.lookup(its, key)
+        if ours != theirs:
+            fix = f"{key}={config.shown(theirs)}"
+            raise UserError(f"{key}={config.shown(ours)}, but {title(path)} has {fix}: set {fix}")
+    if not heads:
+        return
+    if cfg.head.prototypes != its.head.prototypes:
+        key, ours, theirs = "head.prototypes", cfg.head.prototypes, its.head.prototypes
+    elif cfg.loss.ibot and ibot_prototypes(cfg) != ibot_prototypes(its):
+        key, ours, theirs = "head.ibot_prototypes", ibot_prototypes(cfg), ibot_prototypes(its)
+    elif cfg.loss.ibot and not its.loss.ibot:
+        key, ours, theirs = "loss.ibot", cfg.loss.ibot, 0
+    else:
+        return
+    raise UserError(f"{key}={ours}, but {title(path)} has {theirs}: set {key}={theirs}")
+
+
+def train_its_heads(path, its, cfg, device, rank, world):
+    """Train heads on the frozen backbone of a teacher without any, in out/heads; its new file."""
+    if not cfg.head_steps:
+        raise UserError(
+            f"{title(path)} has no heads: set head_steps, the number of steps that first train "
+            "some on its frozen backbone"
+        )
+    print_once(
+        f"the teacher has no heads: {cfg.head_steps:,} steps train some on its frozen backbone "
+        "(our way; the official heads were never released)"
+    )
+    first = copy.deepcopy(cfg)
+    first.vit, first.init_from, first.distill = its.vit, str(path), config.Distill()
+    train_heads(first, device, rank, world)
+    return Path(first.init_from, "teacher.pt")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
