@@ -18,7 +18,7 @@ import torch
 
 from config import UserError
 
-TURNS, LEAST, SECONDS = 15, 3, 90  # at most, at least; no new turn after so many seconds
+TURNS, LEAST, SECONDS = 15, 3, 60  # at most, at least; no new turn after so many seconds
 
 
 class Clock:

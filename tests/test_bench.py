@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import bench
 import bench_official
+import bench_ours
 import config
 import measure
 from config import UserError
@@ -42,17 +43,17 @@ class NoClock:
 )
 def test_the_operations_of_a_step_are_those_that_pytorch_counts(words):
     cfg = config.load(TINY, [*SMALL, "vit.drop_path=0.25", *words])
-    masked = len(next(bench.batches(cfg, CPU)).mask_indices)
+    masked = len(next(bench_ours.batches(cfg, CPU)).mask_indices)
     with FlopCounterMode(display=False) as counter:
-        bench.our_step(cfg, CPU, bench.batches(cfg, CPU))[0](NoClock())
-    assert bench.step_flops(cfg, masked) == pytest.approx(counter.get_total_flops(), rel=1e-3)
+        bench_ours.our_step(cfg, CPU, bench_ours.batches(cfg, CPU))[0](NoClock())
+    assert bench_ours.step_flops(cfg, masked) == pytest.approx(counter.get_total_flops(), rel=1e-3)
 
 
 def test_a_step_of_the_benchmark_is_a_step_of_training(tmp_path):
     photos, out = make_photos(tmp_path / "photos"), tmp_path / "run"
     words = [f"data.root={photos}", f"out={out}", "steps=1", "vit.drop_path=0"]
     cfg = config.load(TINY, words)
-    measured = bench.our_step(cfg, CPU, bench.batches(cfg, CPU))[0](NoClock())
+    measured = bench_ours.our_step(cfg, CPU, bench_ours.batches(cfg, CPU))[0](NoClock())
     assert run(tmp_path, [str(TINY), *words]).code == 0
     (trained,) = (line["loss"] for line in log_of(out) if "loss" in line)
     assert measured == pytest.approx(trained, rel=1e-4)
@@ -178,16 +179,16 @@ def test_everything_that_is_measured_runs_on_a_tiny_config(hurry, what, tmp_path
 
 
 def test_augmentation_starts_from_a_jpeg_of_the_stated_size():
-    assert len(bench.jpeg(375, 500, 110_000)) == pytest.approx(110_000, rel=0.03)
-    assert len(bench.jpeg(32, 32, 1_000)) == pytest.approx(1_000, rel=0.1)
-    work = bench.augmentation(config.load(TINY), CPU, [])
+    assert len(bench_ours.jpeg(375, 500, 110_000)) == pytest.approx(110_000, rel=0.03)
+    assert len(bench_ours.jpeg(32, 32, 1_000)) == pytest.approx(1_000, rel=0.1)
+    work = bench_ours.augmentation(config.load(TINY), CPU, [])
     assert "500 x 375" not in work.title and "32 x 32" in work.title
     work.contenders["ours"](clock := Clock(CPU))
     assert list(clock.seconds()) == ["decode", "crops", "colour"]
 
 
 def test_knn_is_measured_on_features_of_any_number():
-    work = bench.knn(None, CPU, [], train=300, test=20, D=8, classes=5)
+    work = bench_ours.knn(None, CPU, [], train=300, test=20, D=8, classes=5)
     assert work.images == 20 and work.contenders["ours"](NoClock()).shape == (20, 5)
 
 
