@@ -11,6 +11,7 @@ and memory are measured in measure.py.
 """
 
 import sys
+import time
 
 import torch
 
@@ -18,7 +19,7 @@ import bench_official
 import bench_ours
 import config
 from config import UserError
-from measure import matmul_peak, measure, record, save, table
+from measure import Clock, matmul_peak, measure, record, save, table
 from parallel import DTYPES, pick_device
 
 WHAT = {
@@ -55,12 +56,13 @@ NOT_MEASURED = [  # what, target, the command that measures it
 
 USAGE = f"""
 usage: python bench.py WHAT [CONFIG.yaml] [key=value ...] [lightly] [timm] [--official PATH]
-                       [--to FOLDER]
+                       [--to FOLDER] [shared]
 
 WHAT is one of {", ".join(WHAT)}. Peers that are named run in the same process:
   python bench.py step config.yaml lightly                       pip install lightly
   python bench.py step config.yaml --official ~/dinov2           a checkout of the official code
   python bench.py backbone configs/vits14.yaml batch=4 timm      pip install timm
+shared: on a processor that others use too, one thread, and CPU time instead of time.
 The results are added to FOLDER/benchmarks.json and FOLDER/benchmarks.md (default: runs).
 """
 
@@ -80,7 +82,10 @@ def arguments(argv):
         else:
             rest.append(word)
     peers = [word for word in rest if word in PEERS]
-    rest = [word for word in rest if word not in PEERS]
+    if "shared" in rest:
+        Clock.tick = staticmethod(time.process_time)
+        torch.set_num_threads(1)
+    rest = [word for word in rest if word not in (*PEERS, "shared")]
     if "official" in peers and not options["--official"]:
         raise UserError("official: give the path of a checkout, --official PATH")
     if options["--official"]:

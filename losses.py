@@ -39,7 +39,8 @@ def sinkhorn_knopp(score_NK, temp, iterations=3):
     Q_NK = torch.empty(score_NK.shape, device=score_NK.device)
     sum_K = Q_NK.new_zeros(K)
     for s, Q in zip(a_few_rows(score_NK), a_few_rows(Q_NK), strict=True):
-        torch.softmax(s.float() / temp - log_sum_K, dim=1, out=Q)
+        # add(a, b, alpha) is a + alpha * b in one pass over memory.
+        torch.softmax(torch.add(-log_sum_K, s.float(), alpha=1 / temp), dim=1, out=Q)
         sum_K += Q.sum(dim=0)
     # The others only change one factor for each row and column. Rows follow from columns, and the
     # next columns from rows, so each alternation reads Q once; it is written when all is known.
@@ -60,7 +61,7 @@ def a_few_rows(x_NK):
 
     On a GPU a gigabyte of fp32, so that no intermediate result is as large as all scores.
     """
-    numbers = 2**19 if x_NK.device.type == "cpu" else 2**28
+    numbers = 2**20 if x_NK.device.type == "cpu" else 2**28
     return x_NK.split(max(1, numbers // x_NK.shape[1])) if len(x_NK) else ()
 
 
@@ -72,7 +73,7 @@ def column_logsumexp(score_NK, temp):
     top_K = max_over_ranks(top_K / temp)
     sum_K = torch.zeros_like(top_K)
     for s in a_few_rows(score_NK):
-        sum_K += (s.float() / temp).sub_(top_K).exp_().sum(dim=0)
+        sum_K += torch.add(-top_K, s.float(), alpha=1 / temp).exp_().sum(dim=0)
     return top_K + sum_over_ranks(sum_K).log()
 
 

@@ -72,6 +72,15 @@ def test_a_clock_books_time_under_the_name_of_the_mark_that_ends_it():
     assert 0.05 <= spent["a"] < 5 and spent["b"] >= 0.001
 
 
+def test_cpu_time_does_not_count_waiting(monkeypatch):
+    monkeypatch.setattr(Clock, "tick", staticmethod(time.process_time))
+    clock = Clock(CPU)
+    time.sleep(0.2)
+    clock.mark("asleep")
+    assert clock.seconds()["asleep"] < 0.1
+    assert measure.machine(CPU)["time"] == "CPU time"
+
+
 def test_contenders_take_turns_and_loading_is_not_counted():
     order = []
 
@@ -129,7 +138,7 @@ def test_a_row_replaces_the_one_of_the_same_work_and_machine(tmp_path):
     made = {
         "title": "Step",
         "unit": "images/s",
-        "machine": {"device": "this", "threads": 1, "torch": "2"},
+        "machine": {"device": "this", "threads": 1, "time": "time", "torch": "2"},
         "command": "python bench.py step",
         "rows": {"ours": {"rate": 1.0, "quartiles": [1.0, 1.0], "runs": 3, "milliseconds": {}}},
     }
