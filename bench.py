@@ -20,7 +20,7 @@ import bench_ours
 import config
 from config import UserError
 from measure import Clock, matmul_peak, measure, record, save, table
-from parallel import DTYPES, pick_device
+from parallel import dtype_of, pick_device
 
 WHAT = {
     "step": bench_ours.step,
@@ -106,7 +106,7 @@ def main(argv):
     torch.manual_seed(0)
     work = WHAT[what](cfg, device, peers)
     found = measure(work, device)
-    peak = matmul_peak(device, DTYPES[cfg.precision]) if work.flops else 0
+    peak = matmul_peak(device, dtype_of(cfg)) if work.flops else 0
     found = record(work, found, peak, "python bench.py " + " ".join(argv), device)
     print(f"{found['title']}\n{found['machine']}\n\n{table(found)}")
     save(found, folder, NOT_MEASURED)

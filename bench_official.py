@@ -25,7 +25,7 @@ from dinov2 import LARGE_CROPS as T
 from dinov2 import ibot_prototypes
 from eval_knn import NEIGHBOURS, TEMPERATURE
 from optim import schedules
-from parallel import DTYPES
+from parallel import dtype_of
 from vit import SIZES
 
 # ---- importing it -------------------------------------------------------------------------------
@@ -64,7 +64,7 @@ def single_process():
 
 
 def autocast(cfg, device):
-    return torch.autocast(device.type, DTYPES[cfg.precision], cfg.precision != "fp32")
+    return torch.autocast(device.type, dtype_of(cfg), dtype_of(cfg) != torch.float32)
 
 
 def import_torchvision():

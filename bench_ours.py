@@ -25,7 +25,7 @@ from eval_knn import NEIGHBOURS, knn_probabilities
 from losses import dino_loss, ibot_loss, koleo_loss, sinkhorn_knopp
 from measure import Work
 from optim import clip_each_part, schedules, set_schedule
-from parallel import DTYPES
+from parallel import dtype_of
 from sources import read_image
 from train import build, to_device
 from vit import build_backbone
@@ -77,8 +77,12 @@ def described(cfg):
     c = cfg.crops
     return (
         f"ViT {cfg.vit.size}/{cfg.vit.patch}, {LARGE_CROPS} x {c.global_size} + {c.local_count} x "
-        f"{c.local_size} px, {cfg.batch} images, K = {cfg.head.prototypes:,}, {cfg.precision}"
+        f"{c.local_size} px, {cfg.batch} images, K = {cfg.head.prototypes:,}, {precision(cfg)}"
     )
+
+
+def precision(cfg):
+    return str(dtype_of(cfg)).removeprefix("torch.")
 
 
 def batches(cfg, device):
@@ -149,7 +153,7 @@ def losses(cfg, device, peers):
     """DINO, iBOT and KoLeo with Sinkhorn-Knopp, forward and backward, from given scores."""
     batch, B, K = next(batches(cfg, device)), cfg.batch, cfg.head.prototypes
     S, M = LARGE_CROPS + cfg.crops.local_count, len(batch.mask_indices)
-    dtype, temp = DTYPES[cfg.precision], cfg.teacher.temp
+    dtype, temp = dtype_of(cfg), cfg.teacher.temp
 
     def noise(*shape, scale=0.2):  # of the size of the scores of a trained network
         return (torch.randn(shape, device=device) * scale).to(dtype).requires_grad_()
@@ -172,7 +176,7 @@ def losses(cfg, device, peers):
     contenders = {"ours": ours}
     if "official" in peers:
         contenders["official"] = bench_official.losses(cfg, told, said, batch)
-    title = f"Losses with Sinkhorn: {B} images, {S} crops, {M} patches, K = {K:,}, {cfg.precision}"
+    title = f"Losses with Sinkhorn: {B} images, {S} crops, {M} patches, K = {K:,}, {precision(cfg)}"
     return Work(title, contenders, B)
 
 
@@ -198,7 +202,7 @@ def attention(cfg, device, peers):
     """The ways of attention.py over the crops of one step, forward and backward."""
     with torch.device("meta"):
         net = build_backbone(cfg)
-    dtype, heads = DTYPES[cfg.precision], net.blocks[0].attn.heads
+    dtype, heads = dtype_of(cfg), net.blocks[0].attn.heads
     sizes = (LARGE_CROPS, cfg.crops.global_size), (cfg.crops.local_count, cfg.crops.local_size)
     groups = tuple(
         (n * cfg.batch, (s // cfg.vit.patch) ** 2 + 1 + cfg.vit.registers) for n, s in sizes if n
