@@ -67,7 +67,7 @@ class Work:
     tolerance: float = 0.01  # of what contenders return, relative to the largest value of ours
 
 
-def measure(work, device, turns=TURNS):
+def measure(work, device, turns=None):
     """{contender: {"seconds": [..], "phases": {name: seconds}, "memory": GB or None}}.
 
     Time booked under "data" is not part of the seconds: contenders of a training step all get the
@@ -87,7 +87,7 @@ def measure(work, device, turns=TURNS):
     rounds = [list(runs)] if work.turns else [[name] for name in runs]
     for names in rounds:
         start = time.time()
-        for turn in range(turns):
+        for turn in range(turns or TURNS):
             if turn >= LEAST and time.time() - start > SECONDS / len(rounds):
                 break
             for name in names:
