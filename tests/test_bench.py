@@ -20,7 +20,12 @@ from config import UserError
 from measure import Clock, Work
 
 CPU = torch.device("cpu")
-SMALL = ["data.root=synthetic", "batch=4", "attention=plain", "loss.koleo=0", "mask.probability=1"]
+SMALL = ["batch=4", "attention=plain", "loss.koleo=0", "mask.probability=1"]
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    return make_photos(tmp_path_factory.mktemp("photos"))
 
 
 class NoClock:
@@ -41,16 +46,16 @@ class NoClock:
         ["loss.ibot=0", "head.layers=2", "vit.drop_path=0"],
     ],
 )
-def test_the_operations_of_a_step_are_those_that_pytorch_counts(words):
-    cfg = config.load(TINY, [*SMALL, "vit.drop_path=0.25", *words])
+def test_the_operations_of_a_step_are_those_that_pytorch_counts(words, photos):
+    cfg = config.load(TINY, [f"data.root={photos}", *SMALL, "vit.drop_path=0.25", *words])
     masked = len(next(bench_ours.batches(cfg, CPU)).mask_indices)
     with FlopCounterMode(display=False) as counter:
         bench_ours.our_step(cfg, CPU, bench_ours.batches(cfg, CPU))[0](NoClock())
     assert bench_ours.step_flops(cfg, masked) == pytest.approx(counter.get_total_flops(), rel=1e-3)
 
 
-def test_a_step_of_the_benchmark_is_a_step_of_training(tmp_path):
-    photos, out = make_photos(tmp_path / "photos"), tmp_path / "run"
+def test_a_step_of_the_benchmark_is_a_step_of_training(tmp_path, photos):
+    out = tmp_path / "run"
     words = [f"data.root={photos}", f"out={out}", "steps=1", "vit.drop_path=0"]
     cfg = config.load(TINY, words)
     measured = bench_ours.our_step(cfg, CPU, bench_ours.batches(cfg, CPU))[0](NoClock())
@@ -178,8 +183,8 @@ def hurry(monkeypatch):
 
 
 @pytest.mark.parametrize("what", ["step", "losses", "backbone", "attention", "data"])
-def test_everything_that_is_measured_runs_on_a_tiny_config(hurry, what, tmp_path, capsys):
-    bench.main([what, str(TINY), "data.root=synthetic", "--to", str(tmp_path)])
+def test_everything_that_is_measured_runs_on_a_tiny_config(hurry, what, photos, tmp_path, capsys):
+    bench.main([what, str(TINY), f"data.root={photos}", "--to", str(tmp_path)])
     assert "| ours |" in capsys.readouterr().out
     (made,) = json.loads((tmp_path / "benchmarks.json").read_text())
     assert (
