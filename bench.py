@@ -41,6 +41,17 @@ NOT_MEASURED = [  # what, target, the command that measures it
         f"python bench.py step configs/vitl16.yaml batch=64 compile=true {ON_GPU}",
     ),
     (
+        "step, ViT-S/16, 16 images, two cores that multiply bf16",
+        "1.6x official in bf16, 3x in fp32",
+        "python bench.py step configs/vitl16.yaml vit.size=small batch=16 loss.centering=sinkhorn "
+        "data.root=synthetic --official ~/dinov2 --to docs",
+    ),
+    (
+        "step, config.yaml, two cores that multiply bf16",
+        "2.0x lightly",
+        "python bench.py step config.yaml lightly --to docs",
+    ),
+    (
         "step, ViT-g/14, K = 131,072, one H200",
         "80 images/s (published, H100: 46 to 67)",
         "python bench.py step configs/vitg14.yaml batch=16 compile=true data.root=/imagenet "
