@@ -105,25 +105,26 @@ def draw_colour(rng, strength, kind):
 
 
 def resized_crop(image_HWC, box, size):
-    """The box of an image, resized to (size, size, C) with Pillow's antialiased bicubic filter.
+    """The box of an image, resized to a tensor (C, size, size) with an antialiased bicubic filter.
 
-    uint8 stays uint8 and, with any number of channels, is what the official code gives to the last
-    bit. Other integers come back as float32 divided by their largest value, floats as float32 with
-    the values they had (the filter may overshoot them a little).
+    uint8 stays uint8. Other integers become float32 divided by their largest value, floats are
+    float32 with the values they had (the filter may overshoot them a little).
+
+    Differs from the official code, which has Pillow resize its uint8 images: PyTorch's kernel for
+    the same filter takes a fifth of the time. It keeps fewer bits of the weights, which changes one
+    value in 200 by 1 of 255 levels, in pure noise now and then by 2; both clip between the passes,
+    rows first. (Pillow 13 may begin with the columns, which in noise makes 30 levels.)
     """
     top, left, height, width = box
     part_HWC = image_HWC[top : top + height, left : left + width]  # first cut: no pixel outside
-    if part_HWC.dtype != np.uint8:
-        integer = np.issubdtype(part_HWC.dtype, np.integer)
-        part_HWC = np.float32(part_HWC) / (np.iinfo(part_HWC.dtype).max if integer else 1)
-
-    def resize(pixels):
-        square = Image.fromarray(pixels).resize((size, size), Image.Resampling.BICUBIC)
-        return np.asarray(square)
-
-    if part_HWC.dtype == np.uint8 and part_HWC.shape[2] == 3:
-        return resize(part_HWC)
-    return np.stack([resize(plane) for plane in part_HWC.transpose(2, 0, 1)], axis=2)
+    if part_HWC.dtype == np.uint8:
+        part_1CHW = torch.tensor(part_HWC).permute(2, 0, 1)[None]
+        return F.interpolate(part_1CHW, (size, size), mode="bicubic", antialias=True)[0]
+    integer = np.issubdtype(part_HWC.dtype, np.integer)
+    part_HWC = np.float32(part_HWC) / (np.iinfo(part_HWC.dtype).max if integer else 1)
+    planes = [Image.fromarray(plane) for plane in part_HWC.transpose(2, 0, 1)]
+    planes = [plane.resize((size, size), Image.Resampling.BICUBIC) for plane in planes]
+    return torch.from_numpy(np.stack(planes))
 
 
 def crops(image_HWC, rng, cfg):
@@ -134,9 +135,8 @@ def crops(image_HWC, rng, cfg):
     cut = []
     for kind, view in zip(kinds, views, strict=True):
         size = cfg.crops.local_size if kind == LOCAL else cfg.crops.global_size
-        crop_SSC = resized_crop(image_HWC, view.box, size)
-        crop_SSC = crop_SSC[:, ::-1] if view.flip else crop_SSC
-        cut.append(torch.from_numpy(np.array(crop_SSC.transpose(2, 0, 1), order="C")))
+        crop_CSS = resized_crop(image_HWC, view.box, size)
+        cut.append((crop_CSS.flip(2) if view.flip else crop_CSS).contiguous())
     return cut, torch.tensor([view.colour for view in views], dtype=torch.float32)
 
 

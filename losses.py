@@ -34,25 +34,47 @@ def sinkhorn_knopp(score_NK, temp, iterations=3):
     # alternation is done in logarithms, where nothing overflows or vanishes. Subtracting each row's
     # maximum instead would be another start, and three alternations do not forget it: targets
     # change by up to 0.2.
-    Q_NK = score_NK.float() / temp
-    Q_NK -= logsumexp_over_ranks(Q_NK)
-    Q_NK -= Q_NK.logsumexp(dim=1, keepdim=True)
-    Q_NK.exp_()
-    # The others only change one factor for each row and column; Q itself is read, not written.
-    K, N = Q_NK.shape[1], sum_over_ranks(torch.tensor(float(len(Q_NK)), device=Q_NK.device))
-    row_N = Q_NK.new_ones(len(Q_NK))
-    column_K = Q_NK.new_ones(K)
-    for _ in range(iterations - 1):
-        column_K = N / (K * sum_over_ranks(row_N @ Q_NK))
-        row_N = 1 / (Q_NK @ column_K)
-    return Q_NK.mul_(row_N.unsqueeze(1)).mul_(column_K)
+    N = sum_over_ranks(torch.tensor(float(len(score_NK)), device=score_NK.device))
+    K, log_sum_K = score_NK.shape[1], column_logsumexp(score_NK, temp)
+    Q_NK = torch.empty(score_NK.shape, device=score_NK.device)
+    sum_K = Q_NK.new_zeros(K)
+    for s, Q in zip(a_few_rows(score_NK), a_few_rows(Q_NK), strict=True):
+        # add(a, b, alpha) is a + alpha * b in one pass over memory.
+        torch.softmax(torch.add(-log_sum_K, s.float(), alpha=1 / temp), dim=1, out=Q)
+        sum_K += Q.sum(dim=0)
+    # The others only change one factor for each row and column. Rows follow from columns, and the
+    # next columns from rows, so each alternation reads Q once; it is written when all is known.
+    for left in reversed(range(iterations - 1)):
+        column_K = N / (K * sum_over_ranks(sum_K))
+        sum_K = torch.zeros_like(sum_K)
+        for Q in a_few_rows(Q_NK):
+            row_N = 1 / (Q @ column_K)
+            if left:
+                sum_K += row_N @ Q
+            else:
+                Q.mul_(column_K).mul_(row_N.unsqueeze(1))
+    return Q_NK
 
 
-def logsumexp_over_ranks(x_NK):
-    """log of the sum over all rows of all processes of exp(x): (K,)."""
-    own_K = x_NK.logsumexp(dim=0)
-    top_K = max_over_ranks(own_K.clone())
-    return top_K + sum_over_ranks((own_K - top_K).exp()).log()
+def a_few_rows(x_NK):
+    """Parts of a large tensor: on a CPU what its caches hold, as memory is slower than arithmetic.
+
+    On a GPU a gigabyte of fp32, so that no intermediate result is as large as all scores.
+    """
+    numbers = 2**20 if x_NK.device.type == "cpu" else 2**28
+    return x_NK.split(max(1, numbers // x_NK.shape[1])) if len(x_NK) else ()
+
+
+def column_logsumexp(score_NK, temp):
+    """log of the sum over all rows of all processes of exp(score / temp): (K,)."""
+    top_K = score_NK.new_full(score_NK.shape[1:], -torch.inf, dtype=torch.float32)
+    for s in a_few_rows(score_NK):
+        top_K = torch.maximum(top_K, s.amax(dim=0))
+    top_K = max_over_ranks(top_K / temp)
+    sum_K = torch.zeros_like(top_K)
+    for s in a_few_rows(score_NK):
+        sum_K += torch.add(-top_K, s.float(), alpha=1 / temp).exp_().sum(dim=0)
+    return top_K + sum_over_ranks(sum_K).log()
 
 
 class SoftmaxCentering(nn.Module):
@@ -96,18 +118,16 @@ class CrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, score_NK, target_NK, weight_N, temp):
-        loss = weight_N.new_zeros(())
+        loss, row = weight_N.new_zeros(()), 0
         grad_NK = torch.empty_like(score_NK) if ctx.needs_input_grad[0] else None
-        rows = max(1, 2**22 // score_NK.shape[1])  # 16 MB of fp32 at a time
-        for i in range(0, len(score_NK), rows):
-            s, t, w = (x[i : i + rows] for x in (score_NK, target_NK, weight_N))
-            s = s.float()
-            s = (s - s.amax(dim=1, keepdim=True)) / temp  # changes nothing but the rounding
-            log_sum = s.logsumexp(dim=1, keepdim=True)
-            mass = t.sum(dim=1, keepdim=True)
-            loss += w @ (mass * log_sum - (t * s).sum(dim=1, keepdim=True)).squeeze(1)
+        for s, t in zip(a_few_rows(score_NK), a_few_rows(target_NK), strict=True):
+            rows = slice(row, row := row + len(s))
+            s = (s.float() - s.amax(dim=1, keepdim=True)).div_(temp)  # only for the rounding
+            mass_N, dot_N = t.sum(dim=1), torch.linalg.vecdot(t, s)
+            sum_N = s.exp_().sum(dim=1)
+            loss += weight_N[rows] @ (mass_N * sum_N.log() - dot_N)
             if grad_NK is not None:
-                grad_NK[i : i + rows] = s.sub_(log_sum).exp_().mul_(mass).sub_(t)
+                torch.sub(s.mul_((mass_N / sum_N).unsqueeze(1)), t, out=grad_NK[rows])
         ctx.save_for_backward(grad_NK, weight_N)
         ctx.temp = temp
         return loss

@@ -166,7 +166,10 @@ def add_branch(x, branch, groups, kept=None):
     if kept is None:
         return x + branch(x, groups)
     rows, kept_groups, scale = kept
-    return x.index_add(0, rows, (branch(x[rows], kept_groups) * scale).to(x.dtype))
+    # index_select, not x[rows]: its gradient is an index_add too, not the general index_put, which
+    # sorts on a GPU and has one thread on a CPU.
+    subset = x.index_select(0, rows)
+    return x.index_add(0, rows, (branch(subset, kept_groups) * scale).to(x.dtype))
 
 
 def resize_positions(pos_embed, rows, columns, offset=0.1, antialias=False):

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+import losses
 from losses import SoftmaxCentering, dino_loss, ibot_loss, koleo_loss, sinkhorn_knopp
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
@@ -344,3 +345,18 @@ def test_koleo_is_finite_for_a_batch_of_one():
 def test_koleo_does_not_depend_on_the_length_of_the_features():
     x = torch.randn(7, 12)
     close(koleo_loss(x * torch.rand(7, 1) * 100 + 0), koleo_loss(x), 1e-5)
+
+
+def test_a_few_rows_at_a_time_give_what_all_rows_give(monkeypatch):
+    score, target = torch.randn(11, 7, requires_grad=True), torch.rand(11, 7)
+    weight = torch.rand(11)
+
+    def everything():
+        loss = ibot_loss(score, target, weight, 2)
+        return sinkhorn_knopp(score, 0.1), loss, torch.autograd.grad(loss, score)[0]
+
+    whole = everything()
+    monkeypatch.setattr(losses, "a_few_rows", lambda x: x.split(3) if len(x) else ())
+    for part, expected in zip(everything(), whole, strict=True):
+        close(part, expected, 1e-6)
+    assert len(losses.sinkhorn_knopp(torch.randn(0, 7), 0.1)) == 0
