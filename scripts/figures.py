@@ -27,7 +27,7 @@ from attention import plain_attention
 from dinov2 import build_network
 from optim import schedules
 from plot import BLUE, GREEN, GREY, INK, LIGHT, ORANGE, PAPER, Line, Page, mix, panel
-from visualize import hide
+from sheets import hide
 
 # ---- one figure for each lesson -----------------------------------------------------------------
 

@@ -91,7 +91,7 @@ def test_a_rank_of_many_holds_its_share_and_moves_everything(one, world):
     assert one.student / world <= many.student <= one.student / world + 200_000
     assert many.student == many.gradients == many.teacher
     assert many.moments == pytest.approx(2 * many.student, rel=0.01)
-    # Student and teacher are gathered, gradients scattered. Padding to whole rows comes on top: much
+    # Student and teacher are gathered, gradients scattered. Padding to whole rows is added: much
     # with 1,024 ranks, as matrices have 128 rows here.
     padding = 8 if world == 1024 else 1.1
     assert 1 <= many.moved["all-gather"] / (2 * one.student) < padding
