@@ -34,6 +34,8 @@ _OPTIONS = {
 def _entry_point(name):
     size, registers = _SIZES[name[len("dinov2_vit")]], 4 if name.endswith("_reg") else 0
 
+    # Differs from the official code, which returns the network in training mode: in eval mode
+    # stochastic depth, if asked for, waits for .train(); without it both compute the same.
     def load(*, pretrained=True, weights="LVD142M", **options):
         as_released = {
             "registers": registers,
@@ -41,8 +43,6 @@ def _entry_point(name):
             "interpolate_antialias": bool(registers),
         }
         options = {_OPTIONS.get(key, key): value for key, value in options.items()}
-        # Differs from the official code, which returns the network in training mode: in eval mode
-        # stochastic depth, if asked for, waits for .train(); without it both compute the same.
         if not pretrained:
             return _vit.VisionTransformer(size, **as_released | options).eval()
         with _torch.device("meta"):  # shapes only: the values come from the file

@@ -15,7 +15,6 @@ import random
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -208,9 +207,9 @@ class RandomCrops:
         image, at, _ = read_or_next(self.part, self.order[position])
         rng = random.Random(f"{self.seed} crop {position}")
         box = augment.draw_box(rng, *image.shape[:2], SCALE, RATIO)
-        crop_SSC = augment.resized_crop(image, box, self.size)
-        crop_SSC = crop_SSC[:, ::-1] if rng.random() < FLIP else crop_SSC
-        return torch.from_numpy(np.array(crop_SSC.transpose(2, 0, 1), order="C")), self.rows[at]
+        crop_CSS = augment.resized_crop(image, box, self.size)
+        crop_CSS = crop_CSS.flip(2) if rng.random() < FLIP else crop_CSS
+        return crop_CSS.contiguous(), self.rows[at]
 
 
 def positions(iterations, batch, rank=0, world=1):
