@@ -1,0 +1,334 @@
+"""What each part of DINOv2 buys: the ladder of the paper's Table 1, in small.
+
+    python scripts/ladder.py run                  train what is missing, seed by seed
+    python scripts/ladder.py run 'seeds=[0]'      fewer or more seeds
+    python scripts/ladder.py draw                 docs/ladder.png, and the table in docs/ladder.md
+
+The ladder climbs from an iBOT-like set-up to DINOv2, on the embedded data set. Every row keeps what
+the rows before it have added. (Oquab et al. 2023, Table 1, whose rows about data and patch size are
+left out.) A run that is in docs/ladder.jsonl is not done again; one that was interrupted continues.
+"""
+
+import functools
+import json
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+import yaml
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import config
+import data
+import plot
+from config import UserError
+from eval_knn import extract_features
+from weights import load_backbone
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# What all rows share beside config.yaml: short runs, a log for the curves, no pictures.
+SHORT = {
+    "steps": 300,
+    "precision": "fp32",
+    "optim.freeze_last_layer": 8,
+    "log.knn_every": 0,
+    "log.pictures": False,
+}
+
+
+class Row(NamedTuple):
+    name: str
+    changes: dict  # key of the config: value; from here on upwards
+    paper: str  # the step of Table 1 that it stands for, and what that did there to k-NN
+
+
+LADDER = [
+    Row(
+        "iBOT-like",
+        {
+            "vit.layerscale": 0.0,
+            "vit.drop_path": 0.0,
+            "head.prototypes": 16,
+            "loss.koleo": 0.0,
+            "vit.ffn": "mlp",
+            "teacher.momentum": 0.99,
+            "optim.warmup": 20,
+            "batch": 48,
+            "loss.centering": "softmax",
+            "head.separate": False,
+        },
+        "iBOT, our reproduction: 74.5",
+    ),
+    Row("+ LayerScale", {"vit.layerscale": 0.1}, "together with the next row: +0.9"),
+    Row("+ stochastic depth", {"vit.drop_path": 0.1}, "together with the row above: +0.9"),
+    Row("+ more prototypes", {"head.prototypes": 64}, "128k prototypes: +1.2"),
+    Row("+ KoLeo", {"loss.koleo": 0.02}, "+2.3"),
+    Row("+ SwiGLU", {"vit.ffn": "swiglu"}, "-0.2"),
+    Row("+ faster teacher", {"teacher.momentum": 0.98}, "momentum 0.994: +0.5"),
+    Row("+ longer warm-up", {"optim.warmup": 60}, "warm-up schedules: +1.1"),
+    Row("+ larger batch", {"batch": 72}, "3k instead of 2k: +1.2"),
+    Row("+ Sinkhorn-Knopp", {"loss.centering": "sinkhorn"}, "0.0"),
+    Row("+ untied heads = DINOv2", {"head.separate": True}, "+0.3"),
+]
+
+
+def changes_up_to(number):
+    """All keys that row `number` sets, SHORT included."""
+    merged = dict(SHORT)
+    for row in LADDER[: number + 1]:
+        merged |= row.changes
+    return merged
+
+
+def words(changes):
+    """{key: value} as the words of a command line."""
+    return [f"{key}={config.shown(value)}" for key, value in changes.items()]
+
+
+# ---- runs ----------------------------------------------------------------------------------------
+
+
+def run_all(seeds, results, runs, extra):
+    """Do the runs that the results file lacks, seed by seed; one line of json for each."""
+    done = read_results(results)
+    plan = [(seed, number) for seed in seeds for number in range(len(LADDER))]
+    for seed, number in tqdm(plan, desc="ladder", unit=" runs", disable=None):
+        name, overrides = LADDER[number].name, changes_up_to(number) | extra
+        if not find(done, overrides, seed):
+            print(f"seed {seed}, {name}", flush=True)
+            out = Path(runs, f"{number:02}-seed{seed}")
+            result = {"row": name, "seed": seed, "overrides": overrides}
+            result |= train(out, [*words(overrides), f"seed={seed}"])
+            done.append(result)
+            with open(results, "a", encoding="utf-8") as file:
+                file.write(json.dumps(result) + "\n")
+            print(f"  k-NN {result['knn']:.1f} %, linear {result['linear']:.1f} %", flush=True)
+
+
+def train(out, words):
+    """One run of train.py in a process of its own -> what it reached.
+
+    At the end of a ladder of hours, a leak or a crash of one run has not touched the others.
+    """
+    command = [sys.executable, "train.py", "config.yaml", f"out={out.resolve()}", *words]
+    if code := subprocess.run(command, cwd=ROOT, stdout=subprocess.DEVNULL).returncode:
+        raise UserError(f"{out}: the run ended with code {code}; the same command continues it")
+    summary = json.loads((out / "summary.json").read_text(encoding="utf-8"))
+    keys = "knn", "knn_random", "knn_pixels", "seconds", "torch"
+    return {"linear": linear(out)} | {key: summary[key] for key in keys}
+
+
+def linear(out):
+    """Accuracy in percent of a logistic regression on the frozen [CLS] of a run's teacher."""
+    backbone, cfg = load_backbone(out, with_config=True)
+    sources = held_out(cfg.data.root)
+    known, asked = (extract_features(backbone, source, cfg, "cpu") for source in sources)
+    return logistic_regression(*known, *asked)
+
+
+@functools.cache
+def held_out(root):
+    """Labelled images and images to classify; drawn once for the whole ladder."""
+    return data.evaluation_images(config.load(ROOT / "config.yaml", [f"data.root={root}"]))
+
+
+def logistic_regression(train_ND, label_N, test_MD, label_M):
+    """Percentage of test images that the best linear classifier of the training images gets right.
+
+    Features are brought to mean 0 and variance 1 first, by the training images.
+    """
+    mean_D, std_D = train_ND.mean(dim=0), train_ND.std(dim=0) + 1e-6
+    layer = fit((train_ND - mean_D) / std_D, label_N)
+    answer_M = layer((test_MD - mean_D) / std_D).argmax(dim=1)
+    return 100 * (answer_M == label_M).float().mean().item()
+
+
+def fit(x_ND, label_N, decay=1e-4):
+    """The linear layer with the least loss; it is unique, so there is no learning rate to choose.
+
+    min over W, b   mean_n cross_entropy(W x_n + b, label_n) + decay |W|^2
+    """
+    layer = torch.nn.Linear(x_ND.shape[1], int(label_N.max()) + 1)
+    torch.nn.init.zeros_(layer.weight)
+    torch.nn.init.zeros_(layer.bias)
+    solver = torch.optim.LBFGS(layer.parameters(), max_iter=300, line_search_fn="strong_wolfe")
+
+    def loss():
+        solver.zero_grad()
+        value = F.cross_entropy(layer(x_ND), label_N) + decay * layer.weight.square().sum()
+        value.backward()
+        return value
+
+    solver.step(loss)
+    return layer
+
+
+# ---- results -------------------------------------------------------------------------------------
+
+
+def read_results(path):
+    """The objects of the results file; none if there is no such file."""
+    if not Path(path).exists():
+        return []
+    return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
+
+
+def find(results, overrides, seed):
+    """The result of this very run, or None: a row that has been changed since does not count."""
+    same = [r for r in results if r["seed"] == seed and r["overrides"] == overrides]
+    return same[-1] if same else None
+
+
+def by_row(results, extra):
+    """[(row, its results in order of the seeds)], of the rows that have any."""
+    seeds = sorted({result["seed"] for result in results})
+    rows = []
+    for number, row in enumerate(LADDER):
+        found = [find(results, changes_up_to(number) | extra, seed) for seed in seeds]
+        if any(found):
+            rows.append((row, [result for result in found if result]))
+    return rows
+
+
+def verdict(before, now):
+    """What a row does: something, only if all its runs lie beyond all runs of the row before.
+
+    If a row did nothing, three runs against three would still look like this once in ten times.
+    """
+    if min(len(before), len(now)) < 3:
+        return "too few seeds"
+    if min(now) > max(before):
+        return "helps"
+    return "harms" if max(now) < min(before) else "no difference"
+
+
+def shown(values):
+    """Mean, and the range from the lowest to the highest seed."""
+    middle = f"{statistics.mean(values):.1f}"
+    return f"{middle} ({min(values):.1f}-{max(values):.1f})" if len(values) > 1 else middle
+
+
+def table(rows):
+    """The rows as Markdown."""
+    lines = [
+        "| | changes | seeds | k-NN, % | linear, % | k-NN against the row above | in the paper |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    before = None
+    for row, results in rows:
+        knn = [result["knn"] for result in results]
+        if before is None:
+            changes, change = "see below", ""
+        else:
+            changes = ", ".join(f"`{word}`" for word in words(row.changes))
+            difference = statistics.mean(knn) - statistics.mean(before)
+            change = f"{difference:+.1f}: {verdict(before, knn)}"
+        accuracy = shown([result["linear"] for result in results])
+        lines.append(
+            f"| {row.name} | {changes} | {len(knn)} | {shown(knn)} | {accuracy} | {change} | "
+            f"{row.paper} |"
+        )
+        before = knn
+    return "\n".join(lines)
+
+
+def write_between_marks(path, name, text):
+    """Replace what stands between <!-- name --> and <!-- end name --> in a document."""
+    page = path.read_text(encoding="utf-8")
+    begin, end = f"<!-- {name} -->\n", f"\n<!-- end {name} -->"
+    before, found, rest = page.partition(begin)
+    _, found_too, after = rest.partition(end)
+    if not found or not found_too:
+        raise UserError(f"{path}: no lines {begin.strip()} and {end.strip()} to write between")
+    path.write_text(before + begin + text + end + after, encoding="utf-8")
+
+
+def draw(rows, path):
+    """Every run as a dot, k-NN and linear, row under row; the short line is the mean."""
+    height, left, right, top = 32, 210, 700, 78
+    page = plot.Page(900, top + height * len(rows) + 46)
+    page.text(20, 14, "The ladder from iBOT to DINOv2, on the embedded data set", 17)
+    page.text(
+        20, 40, "a dot is a run, a line is their mean; % of 2,000 held-out images", 12, plot.GREY
+    )
+    kinds = [("k-NN", "knn", plot.BLUE, -5), ("linear", "linear", plot.ORANGE, 6)]
+    floors = [("untrained, k-NN", "knn_random"), ("raw pixels, k-NN", "knn_pixels")]
+    everything = [result for _, results in rows for result in results]
+    values = [r[key] for r in everything for key in ("knn", "linear", "knn_random", "knn_pixels")]
+    low, high = min(values) - 2, max(values) + 2
+    bottom = top + height * len(rows)
+
+    def at(value):
+        return left + (value - low) / (high - low) * (right - left)
+
+    for value, text in plot.ticks(low, high, 6):
+        page.line([(at(value), top), (at(value), bottom)], plot.LIGHT)
+        page.text(at(value), bottom + 6, text, 11, plot.GREY, "ma")
+    for name, key in floors:
+        x = at(statistics.mean(result[key] for result in everything))
+        page.line([(x, top), (x, bottom)], plot.GREY)
+        page.text(x, bottom + 24, name, 11, plot.GREY, "ma")
+    for x, (name, _, colour, _) in zip((720, 800), kinds, strict=True):
+        page.text(x, 56, name, 13, colour)
+    for number, (row, results) in enumerate(rows):
+        y = top + height * (number + 0.5)
+        page.text(left - 14, y, row.name, 13, plot.INK, "rm")
+        for x, (_, key, colour, shift) in zip((720, 800), kinds, strict=True):
+            runs = [result[key] for result in results]
+            mean = statistics.mean(runs)
+            page.line([(at(mean), y + shift - 6), (at(mean), y + shift + 6)], colour, 2)
+            for value in runs:
+                page.dot(at(value), y + shift, colour)
+            page.text(x, y, f"{mean:.1f}", 13, plot.INK, "lm")
+    page.finished().save(path)
+
+
+# ---- command line --------------------------------------------------------------------------------
+
+USAGE = """
+usage: python scripts/ladder.py run|draw [key=value ...]
+
+  run     train the rows that the results lack: seed 0 of all rows, then seed 1, then seed 2
+  draw    the picture, and the table in the document, from the results
+  seeds=[0,1,2]  results=docs/ladder.jsonl  runs=runs/ladder  page=docs/ladder.md
+Any other key is one of the config, for all rows: steps=20
+"""
+DEFAULTS = {
+    "seeds": [0, 1, 2],
+    "results": ROOT / "docs" / "ladder.jsonl",
+    "runs": ROOT / "runs" / "ladder",
+    "page": ROOT / "docs" / "ladder.md",
+}
+
+
+@config.report_errors
+def main(argv):
+    if not argv or argv[0] not in ("run", "draw"):
+        print(USAGE.strip())
+        sys.exit(0 if {"-h", "--help"} & set(argv) else 2)
+    given = dict(DEFAULTS)
+    for word in argv[1:]:
+        key, equals, text = word.partition("=")
+        if not equals:
+            raise UserError(f"cannot read {word!r}: write key=value, as in 'seeds=[0]'")
+        given[key] = text if key in ("results", "runs", "page") else yaml.safe_load(text)
+    extra = {key: value for key, value in given.items() if key not in DEFAULTS}
+    if argv[0] == "run":
+        run_all(given["seeds"], given["results"], given["runs"], extra)
+    rows = by_row(read_results(given["results"]), extra)
+    if not rows:
+        raise UserError(f"results={given['results']}: no run of this ladder; `run` makes them")
+    if argv[0] == "draw":
+        draw(rows, Path(given["page"]).with_suffix(".png"))
+        write_between_marks(Path(given["page"]), "table", table(rows))
+    print(table(rows))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
