@@ -32,6 +32,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # Sinkhorn has no centre to leave out.
 SHORT = {
     "steps": 160,
+    "batch": 32,
     "precision": "fp32",
     "optim.warmup": 20,
     "optim.freeze_last_layer": 4,
@@ -53,7 +54,7 @@ DEATHS = {
     "no_sharpening": Death("no sharpening", {"teacher.temp": 1.0, "teacher.temp_start": 1.0}),
     "fast_ema": Death("EMA too fast", {"teacher.momentum": 0.0, "teacher.momentum_end": 0.0}),
     "high_lr": Death("learning rate too high", {"optim.lr": 4.0, "optim.clip": 0.0}),
-    "duplicates": Death("KoLeo on duplicates", {"loss.koleo": 1.0}),
+    "duplicates": Death("KoLeo on duplicates", {"loss.koleo": 0.1}),
 }
 SIGNS = {
     "teacher_entropy": "teacher_entropy (nats)",
@@ -61,6 +62,11 @@ SIGNS = {
     "koleo_distance": "koleo_distance",
     "rankme": "rankme",
 }
+
+
+def words(name):
+    """A run as the words of a command line."""
+    return [f"{key}={value}" for key, value in (SHORT | DEATHS[name].changes).items()]
 
 
 def blank_images(folder, count=8_000):
@@ -86,10 +92,10 @@ def run(name, runs, extra):
     printed = out / "printed.txt"
     if printed.exists():
         return
-    words = [f"{k}={v}" for k, v in (SHORT | DEATHS[name].changes).items()] + extra
+    given = words(name) + extra
     if name == "duplicates":
-        words += blank_images(runs / "blank")
-    command = [sys.executable, "train.py", "config.yaml", f"out={out.resolve()}", *words]
+        given += blank_images(runs / "blank")
+    command = [sys.executable, "train.py", "config.yaml", f"out={out.resolve()}", *given]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     if done.returncode not in (0, 2):  # 2: it ended itself, with one line that says why
         sys.exit(done.stderr)

@@ -34,9 +34,9 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # What all rows share beside config.yaml: short runs, a log for the curves, no pictures.
 SHORT = {
-    "steps": 300,
+    "steps": 200,
     "precision": "fp32",
-    "optim.freeze_last_layer": 8,
+    "optim.freeze_last_layer": 4,
     "log.knn_every": 0,
     "log.pictures": False,
 }
@@ -54,12 +54,12 @@ LADDER = [
         {
             "vit.layerscale": 0.0,
             "vit.drop_path": 0.0,
-            "head.prototypes": 16,
+            "head.prototypes": 32,
             "loss.koleo": 0.0,
             "vit.ffn": "mlp",
-            "teacher.momentum": 0.99,
-            "optim.warmup": 20,
-            "batch": 48,
+            "teacher.momentum": 0.987,
+            "optim.warmup": 10,
+            "batch": 32,
             "loss.centering": "softmax",
             "head.separate": False,
         },
@@ -71,8 +71,8 @@ LADDER = [
     Row("+ KoLeo", {"loss.koleo": 0.02}, "+2.3"),
     Row("+ SwiGLU", {"vit.ffn": "swiglu"}, "-0.2"),
     Row("+ faster teacher", {"teacher.momentum": 0.98}, "momentum 0.994: +0.5"),
-    Row("+ longer warm-up", {"optim.warmup": 60}, "warm-up schedules: +1.1"),
-    Row("+ larger batch", {"batch": 72}, "3k instead of 2k: +1.2"),
+    Row("+ longer warm-up", {"optim.warmup": 30}, "warm-up schedules: +1.1"),
+    Row("+ larger batch", {"batch": 48}, "3k instead of 2k: +1.2"),
     Row("+ Sinkhorn-Knopp", {"loss.centering": "sinkhorn"}, "0.0"),
     Row("+ untied heads = DINOv2", {"head.separate": True}, "+0.3"),
 ]

@@ -91,7 +91,7 @@ def test_a_run_is_trained_and_evaluated(tmp_path, monkeypatch):
     results = tmp_path / "results.jsonl"
     ladder.run_all([3], results, tmp_path / "runs", small)
     (line,) = ladder.read_results(results)
-    assert line["seed"] == 3 and line["overrides"]["head.prototypes"] == 16
+    assert line["seed"] == 3 and line["overrides"]["head.prototypes"] == 32
     assert line["linear"] == 100  # dark and light pictures
     written = config.load(tmp_path / "runs" / "00-seed3" / "config.yaml")
     assert (written.seed, written.steps, written.vit.layerscale) == (3, 2, 0.0)
