@@ -111,16 +111,25 @@ def words_printed(run):
 
 def table(runs):
     """Last signs of health, k-NN, and the words of the program, of each run."""
-    lines = ["| run | changed | " + " | ".join(SIGNS) + " | k-NN, % |", "|---|---|" + "---|" * 5]
+    lines = ["| run | changed | " + " | ".join(SIGNS) + " | k-NN, % (untrained) |"]
+    lines.append("|---|---|" + "---|" * (len(SIGNS) + 1))
     for name, death in DEATHS.items():
         rows = read_log(runs / name / "log.jsonl")
         last = [list(series(rows, sign).values())[-1] for sign in SIGNS]
         summary = runs / name / "summary.json"
-        knn = f"{json.loads(summary.read_text())['knn']:.1f}" if summary.exists() else "stopped"
+        knn = "stopped"
+        if summary.exists():
+            reached = json.loads(summary.read_text(encoding="utf-8"))
+            knn = f"{reached['knn']:.1f} ({reached['knn_random']:.1f})"
         changed = ", ".join(f"`{k}={v}`" for k, v in death.changes.items())
-        cells = [f"{value:.3g}" for value in last]
+        cells = [number(value) for value in last]
         lines.append(f"| {death.title} | {changed} | " + " | ".join(cells) + f" | {knn} |")
     return "\n".join(lines)
+
+
+def number(value):
+    """Three digits; what is as good as nothing is 0."""
+    return f"{value:.3g}" if value >= 1e-3 else "0"
 
 
 def quotes(runs):

@@ -94,10 +94,10 @@ def words(changes):
 # ---- runs ----------------------------------------------------------------------------------------
 
 
-def run_all(seeds, results, runs, extra):
+def run_all(seeds, rows, results, runs, extra):
     """Do the runs that the results file lacks, seed by seed; one line of json for each."""
     done = read_results(results)
-    plan = [(seed, number) for seed in seeds for number in range(len(LADDER))]
+    plan = [(seed, number) for seed in seeds for number in rows]
     for seed, number in tqdm(plan, desc="ladder", unit=" runs", disable=None):
         name, overrides = LADDER[number].name, changes_up_to(number) | extra
         if not find(done, overrides, seed):
@@ -296,11 +296,12 @@ usage: python scripts/ladder.py run|draw [key=value ...]
 
   run     train the rows that the results lack: seed 0 of all rows, then seed 1, then seed 2
   draw    the picture, and the table in the document, from the results
-  seeds=[0,1,2]  results=docs/ladder.jsonl  runs=runs/ladder  page=docs/ladder.md
+  seeds=[0,1,2]  rows=[0,1,...]  results=docs/ladder.jsonl  runs=runs/ladder  page=docs/ladder.md
 Any other key is one of the config, for all rows: steps=20
 """
 DEFAULTS = {
     "seeds": [0, 1, 2],
+    "rows": list(range(len(LADDER))),
     "results": ROOT / "docs" / "ladder.jsonl",
     "runs": ROOT / "runs" / "ladder",
     "page": ROOT / "docs" / "ladder.md",
@@ -320,7 +321,7 @@ def main(argv):
         given[key] = text if key in ("results", "runs", "page") else yaml.safe_load(text)
     extra = {key: value for key, value in given.items() if key not in DEFAULTS}
     if argv[0] == "run":
-        run_all(given["seeds"], given["results"], given["runs"], extra)
+        run_all(given["seeds"], given["rows"], given["results"], given["runs"], extra)
     rows = by_row(read_results(given["results"]), extra)
     if not rows:
         raise UserError(f"results={given['results']}: no run of this ladder; `run` makes them")

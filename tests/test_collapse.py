@@ -79,8 +79,7 @@ def test_what_is_there_is_drawn_and_quoted(tmp_path):
         (out / "printed.txt").write_text("warning: collapse? it is dead\n")
         config.dump(config.Config(steps=8), out / "config.yaml")
     page = tmp_path / "page.md"
-    marks = ["<!-- table -->", "<!-- end table -->", "<!-- words -->", "<!-- end words -->"]
-    page.write_text("\n".join(marks))
+    page.write_text("<!-- table -->\n\n<!-- end table -->\n<!-- words -->\n\n<!-- end words -->\n")
     collapse.main([f"runs={tmp_path / 'runs'}", f"page={page}"])
     text = page.read_text()
     assert text.count("warning: collapse? it is dead") == len(collapse.DEATHS)

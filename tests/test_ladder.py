@@ -65,21 +65,21 @@ def test_finished_runs_are_not_done_again(tmp_path, monkeypatch):
 
     monkeypatch.setattr(ladder, "train", train)
     monkeypatch.setattr(ladder, "LADDER", ladder.LADDER[:3])
-    ladder.run_all([0], results, tmp_path, {})
+    ladder.run_all([0], range(3), results, tmp_path, {})
     assert [words[-1] for words in done] == ["seed=0"] * 3
-    ladder.run_all([0, 1], results, tmp_path, {})
+    ladder.run_all([0, 1], range(3), results, tmp_path, {})
     assert [words[-1] for words in done] == ["seed=0"] * 3 + ["seed=1"] * 3
     lines = results.read_text().splitlines()
     results.write_text("\n".join(lines[:2] + lines[3:]) + "\n")
-    ladder.run_all([0, 1], results, tmp_path, {})
+    ladder.run_all([0, 1], range(3), results, tmp_path, {})
     assert done[6:] == [done[2]]
-    ladder.run_all([0], results, tmp_path, {"steps": 7})  # another ladder
+    ladder.run_all([0], range(3), results, tmp_path, {"steps": 7})  # another ladder
     assert len(done) == 10
 
 
 def test_all_rows_of_a_seed_come_before_the_next_seed(tmp_path, monkeypatch):
     monkeypatch.setattr(ladder, "train", lambda out, words: {"knn": 1.0, "linear": 2.0})
-    ladder.run_all([0, 1], tmp_path / "results.jsonl", tmp_path, {})
+    ladder.run_all([0, 1], range(len(ladder.LADDER)), tmp_path / "results.jsonl", tmp_path, {})
     order = [(r["seed"], r["row"]) for r in ladder.read_results(tmp_path / "results.jsonl")]
     assert order == [(seed, row.name) for seed in (0, 1) for row in ladder.LADDER]
 
@@ -89,7 +89,7 @@ def test_a_run_is_trained_and_evaluated(tmp_path, monkeypatch):
     monkeypatch.setattr(ladder, "LADDER", ladder.LADDER[:1])
     small = {"steps": 2, "batch": 8, "data.root": str(photos), "crops.local_count": 2}
     results = tmp_path / "results.jsonl"
-    ladder.run_all([3], results, tmp_path / "runs", small)
+    ladder.run_all([3], [0], results, tmp_path / "runs", small)
     (line,) = ladder.read_results(results)
     assert line["seed"] == 3 and line["overrides"]["head.prototypes"] == 32
     assert line["linear"] == 100  # dark and light pictures
