@@ -27,7 +27,9 @@ import config
 import data
 import plot
 from config import UserError
+from dinov2 import build_network
 from eval_knn import extract_features
+from parallel import materialize
 from weights import load_backbone
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -112,21 +114,27 @@ def run_all(seeds, rows, results, runs, extra):
 
 
 def train(out, words):
-    """One run of train.py in a process of its own -> what it reached.
-
-    At the end of a ladder of hours, a leak or a crash of one run has not touched the others.
-    """
+    """One run of train.py, in a process of its own -> what it reached."""
     command = [sys.executable, "train.py", "config.yaml", f"out={out.resolve()}", *words]
     if code := subprocess.run(command, cwd=ROOT, stdout=subprocess.DEVNULL).returncode:
         raise UserError(f"{out}: the run ended with code {code}; the same command continues it")
     summary = json.loads((out / "summary.json").read_text(encoding="utf-8"))
-    keys = "knn", "knn_random", "knn_pixels", "seconds", "torch"
-    return {"linear": linear(out)} | {key: summary[key] for key in keys}
-
-
-def linear(out):
-    """Accuracy in percent of a logistic regression on the frozen [CLS] of a run's teacher."""
     backbone, cfg = load_backbone(out, with_config=True)
+    result = {"linear": linear(backbone, cfg), "linear_random": linear(untrained(cfg), cfg)}
+    keys = "knn", "knn_random", "knn_pixels", "seconds", "torch"
+    return result | {key: summary[key] for key in keys}
+
+
+def untrained(cfg):
+    """The backbone as the run began."""
+    with torch.device("meta"):
+        network = build_network(cfg, student=False)
+    materialize(network, "cpu", cfg.seed)
+    return network.backbone.eval()
+
+
+def linear(backbone, cfg):
+    """Accuracy in percent of a logistic regression on frozen [CLS] features."""
     sources = held_out(cfg.data.root)
     known, asked = (extract_features(backbone, source, cfg, "cpu") for source in sources)
     return logistic_regression(*known, *asked)
@@ -258,9 +266,11 @@ def draw(rows, path):
         20, 40, "a dot is a run, a line is their mean; % of 2,000 held-out images", 12, plot.GREY
     )
     kinds = [("k-NN", "knn", plot.BLUE, -5), ("linear", "linear", plot.ORANGE, 6)]
-    floors = [("untrained, k-NN", "knn_random"), ("raw pixels, k-NN", "knn_pixels")]
+    floors = [("untrained", "knn_random", plot.BLUE), ("untrained", "linear_random", plot.ORANGE)]
+    floors.append(("raw pixels", "knn_pixels", plot.BLUE))
     everything = [result for _, results in rows for result in results]
-    values = [r[key] for r in everything for key in ("knn", "linear", "knn_random", "knn_pixels")]
+    keys = ["knn", "linear", *(key for _, key, _ in floors)]
+    values = [result[key] for result in everything for key in keys]
     low, high = min(values) - 2, max(values) + 2
     bottom = top + height * len(rows)
 
@@ -270,10 +280,10 @@ def draw(rows, path):
     for value, text in plot.ticks(low, high, 6):
         page.line([(at(value), top), (at(value), bottom)], plot.LIGHT)
         page.text(at(value), bottom + 6, text, 11, plot.GREY, "ma")
-    for name, key in floors:
+    for name, key, colour in floors:
         x = at(statistics.mean(result[key] for result in everything))
-        page.line([(x, top), (x, bottom)], plot.GREY)
-        page.text(x, bottom + 24, name, 11, plot.GREY, "ma")
+        page.line([(x, top), (x, bottom)], colour)
+        page.text(x, bottom + 24, name, 11, colour, "ma")
     for x, (name, _, colour, _) in zip((720, 800), kinds, strict=True):
         page.text(x, 56, name, 13, colour)
     for number, (row, results) in enumerate(rows):

@@ -27,7 +27,8 @@ def config_of(number):
 
 
 def result(number, seed, knn=50.0):
-    fields = {"knn": knn, "linear": 60.0, "knn_random": 30.0, "knn_pixels": 20.0, "seconds": 1.0}
+    fields = {"knn": knn, "linear": 60.0, "knn_random": 30.0, "knn_pixels": 20.0}
+    fields["linear_random"] = 40.0
     overrides = ladder.changes_up_to(number)
     return {"row": ladder.LADDER[number].name, "seed": seed, "overrides": overrides} | fields
 
@@ -92,7 +93,7 @@ def test_a_run_is_trained_and_evaluated(tmp_path, monkeypatch):
     ladder.run_all([3], [0], results, tmp_path / "runs", small)
     (line,) = ladder.read_results(results)
     assert line["seed"] == 3 and line["overrides"]["head.prototypes"] == 32
-    assert line["linear"] == 100  # dark and light pictures
+    assert line["linear"] == line["linear_random"] == 100  # dark and light pictures
     written = config.load(tmp_path / "runs" / "00-seed3" / "config.yaml")
     assert (written.seed, written.steps, written.vit.layerscale) == (3, 2, 0.0)
     assert line["knn"] == json.loads((tmp_path / "runs/00-seed3/summary.json").read_text())["knn"]
