@@ -194,14 +194,16 @@ def find(results, overrides, seed):
 
 
 def by_row(results, extra):
-    """[(row, its results in order of the seeds)], of the rows that have any."""
+    """[(row, its results, those of the row right above)], by seed, of the rows that have any."""
     seeds = sorted({result["seed"] for result in results})
-    rows = []
-    for number, row in enumerate(LADDER):
-        found = [find(results, changes_up_to(number) | extra, seed) for seed in seeds]
-        if any(found):
-            rows.append((row, [result for result in found if result]))
-    return rows
+    plan = [changes_up_to(number) | extra for number in range(len(LADDER))]
+    found = [[r for seed in seeds if (r := find(results, row, seed))] for row in plan]
+    rows = zip(LADDER, found, [[], *found], strict=False)
+    return [(row, own, above) for row, own, above in rows if own]
+
+
+def column(results, key="knn"):
+    return [result[key] for result in results]
 
 
 def verdict(before, now):
@@ -218,8 +220,8 @@ def verdict(before, now):
 
 def shown(values):
     """Mean, and the range from the lowest to the highest seed."""
-    middle = f"{statistics.mean(values):.1f}"
-    return f"{middle} ({min(values):.1f}-{max(values):.1f})" if len(values) > 1 else middle
+    spread = f" ({min(values):.1f}-{max(values):.1f})" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.1f}{spread}"
 
 
 def table(rows):
@@ -228,22 +230,29 @@ def table(rows):
         "| | changes | seeds | k-NN, % | linear, % | k-NN against the row above | in the paper |",
         "|---|---|---|---|---|---|---|",
     ]
-    before = None
-    for row, results in rows:
-        knn = [result["knn"] for result in results]
-        if before is None:
-            changes, change = "see below", ""
-        else:
-            changes = ", ".join(f"`{word}`" for word in words(row.changes))
-            difference = statistics.mean(knn) - statistics.mean(before)
-            change = f"{difference:+.1f}: {verdict(before, knn)}"
-        accuracy = shown([result["linear"] for result in results])
-        lines.append(
-            f"| {row.name} | {changes} | {len(knn)} | {shown(knn)} | {accuracy} | {change} | "
-            f"{row.paper} |"
+    for row, results, above in rows:
+        knn, change = column(results), ""
+        changes = (
+            "see below" if row is LADDER[0] else ", ".join(f"`{w}`" for w in words(row.changes))
         )
-        before = knn
+        if above:
+            difference = statistics.mean(knn) - statistics.mean(column(above))
+            change = f"{difference:+.1f}: {verdict(column(above), knn)}"
+        lines.append(
+            f"| {row.name} | {changes} | {len(knn)} | {shown(knn)} | "
+            f"{shown(column(results, 'linear'))} | {change} | {row.paper} |"
+        )
     return "\n".join(lines)
+
+
+def conclusion(rows):
+    """Which rows help, harm, or do nothing that the seeds can tell, as a list in Markdown."""
+    said = {}
+    for row, results, above in rows:
+        if above:
+            word = verdict(column(above), column(results))
+            said.setdefault(word, []).append(row.name.removeprefix("+ "))
+    return "\n".join(f"- **{word}**: {', '.join(names)}" for word, names in said.items())
 
 
 def write_between_marks(path, name, text):
@@ -262,15 +271,12 @@ def draw(rows, path):
     height, left, right, top = 32, 210, 700, 78
     page = plot.Page(900, top + height * len(rows) + 46)
     page.text(20, 14, "The ladder from iBOT to DINOv2, on the embedded data set", 17)
-    page.text(
-        20, 40, "a dot is a run, a line is their mean; % of 2,000 held-out images", 12, plot.GREY
-    )
-    kinds = [("k-NN", "knn", plot.BLUE, -5), ("linear", "linear", plot.ORANGE, 6)]
+    page.text(20, 40, "% of 2,000 held-out images; a line is the mean of its dots", 12, plot.GREY)
+    kinds = [("k-NN", "knn", plot.BLUE, -5, 720), ("linear", "linear", plot.ORANGE, 6, 800)]
     floors = [("untrained", "knn_random", plot.BLUE), ("untrained", "linear_random", plot.ORANGE)]
     floors.append(("raw pixels", "knn_pixels", plot.BLUE))
-    everything = [result for _, results in rows for result in results]
-    keys = ["knn", "linear", *(key for _, key, _ in floors)]
-    values = [result[key] for result in everything for key in keys]
+    everything = [result for _, results, _ in rows for result in results]
+    values = [r[key] for r in everything for key in ("knn", "linear", *(f[1] for f in floors))]
     low, high = min(values) - 2, max(values) + 2
     bottom = top + height * len(rows)
 
@@ -281,19 +287,18 @@ def draw(rows, path):
         page.line([(at(value), top), (at(value), bottom)], plot.LIGHT)
         page.text(at(value), bottom + 6, text, 11, plot.GREY, "ma")
     for name, key, colour in floors:
-        x = at(statistics.mean(result[key] for result in everything))
+        x = at(statistics.mean(column(everything, key)))
         page.line([(x, top), (x, bottom)], colour)
         page.text(x, bottom + 24, name, 11, colour, "ma")
-    for x, (name, _, colour, _) in zip((720, 800), kinds, strict=True):
+    for name, _, colour, _, x in kinds:
         page.text(x, 56, name, 13, colour)
-    for number, (row, results) in enumerate(rows):
+    for number, (row, results, _) in enumerate(rows):
         y = top + height * (number + 0.5)
         page.text(left - 14, y, row.name, 13, plot.INK, "rm")
-        for x, (_, key, colour, shift) in zip((720, 800), kinds, strict=True):
-            runs = [result[key] for result in results]
-            mean = statistics.mean(runs)
+        for _, key, colour, shift, x in kinds:
+            mean = statistics.mean(column(results, key))
             page.line([(at(mean), y + shift - 6), (at(mean), y + shift + 6)], colour, 2)
-            for value in runs:
+            for value in column(results, key):
                 page.dot(at(value), y + shift, colour)
             page.text(x, y, f"{mean:.1f}", 13, plot.INK, "lm")
     page.finished().save(path)
@@ -338,6 +343,7 @@ def main(argv):
     if argv[0] == "draw":
         draw(rows, Path(given["page"]).with_suffix(".png"))
         write_between_marks(Path(given["page"]), "table", table(rows))
+        write_between_marks(Path(given["page"]), "conclusion", conclusion(rows))
     print(table(rows))
 
 

@@ -135,23 +135,32 @@ def test_the_table_states_mean_range_and_verdict():
     )
 
 
+def test_a_row_is_not_compared_where_the_row_above_is_missing():
+    rows = ladder.by_row([result(0, 0), result(2, 0)], {})
+    assert [row.name for row, *_ in rows] == ["iBOT-like", "+ stochastic depth"]
+    assert ladder.conclusion(rows) == "" and "seeds |" not in ladder.table(rows).splitlines()[-1]
+
+
 def test_results_of_another_ladder_are_not_shown():
     other = result(1, 0) | {"overrides": ladder.changes_up_to(1) | {"steps": 7}}
-    assert [row.name for row, _ in ladder.by_row([result(0, 0), other], {})] == ["iBOT-like"]
+    assert [row.name for row, *_ in ladder.by_row([result(0, 0), other], {})] == ["iBOT-like"]
 
 
 def test_the_page_shows_the_results_file():
     results = ladder.read_results(ROOT / "docs" / "ladder.jsonl")
-    assert ladder.table(ladder.by_row(results, {})) in PAGE
+    rows = ladder.by_row(results, {})
+    assert ladder.table(rows) in PAGE and ladder.conclusion(rows) in PAGE
 
 
 def test_draw_writes_the_picture_and_the_table(tmp_path):
     results = [json.dumps(result(number, seed)) for number in range(3) for seed in range(2)]
     (tmp_path / "results.jsonl").write_text("\n".join(results))
-    (tmp_path / "page.md").write_text("before\n<!-- table -->\nold\n<!-- end table -->\nafter\n")
+    marks = ["<!-- table -->", "old", "<!-- end table -->", "<!-- conclusion -->", "old"]
+    (tmp_path / "page.md").write_text("\n".join(["before", *marks, "<!-- end conclusion -->", ""]))
     ladder.main(["draw", f"results={tmp_path}/results.jsonl", f"page={tmp_path}/page.md"])
     text = (tmp_path / "page.md").read_text()
-    assert text.startswith("before\n<!-- table -->\n| |") and text.endswith("\nafter\n")
+    assert text.startswith("before\n<!-- table -->\n| |")
+    assert "- **too few seeds**: LayerScale, stochastic depth\n<!-- end" in text
     assert "old" not in text and "+ stochastic depth" in text
     assert (tmp_path / "page.png").stat().st_size > 10_000
 
