@@ -35,13 +35,8 @@ from weights import load_backbone
 ROOT = Path(__file__).resolve().parent.parent
 
 # What all rows share beside config.yaml: short runs, a log for the curves, no pictures.
-SHORT = {
-    "steps": 200,
-    "precision": "fp32",
-    "optim.freeze_last_layer": 4,
-    "log.knn_every": 0,
-    "log.pictures": False,
-}
+SHORT = {"steps": 200, "precision": "fp32", "optim.freeze_last_layer": 4}
+SHORT |= {"log.knn_every": 0, "log.pictures": False}
 
 
 class Row(NamedTuple):
