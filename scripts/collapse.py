@@ -24,7 +24,7 @@ from ladder import write_between_marks
 import config
 import plot
 import synthetic
-from visualize import read_log, series
+from curves import read_log, series
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -28,7 +28,7 @@ import data
 import plot
 from config import UserError
 from dinov2 import build_network
-from eval_knn import extract_features
+from features import extract_features
 from parallel import materialize
 from weights import load_backbone
 
