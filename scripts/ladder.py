@@ -149,7 +149,7 @@ def logistic_regression(train_ND, label_N, test_MD, label_M):
     mean_D, std_D = train_ND.mean(dim=0), train_ND.std(dim=0) + 1e-6
     layer = fit((train_ND - mean_D) / std_D, label_N)
     answer_M = layer((test_MD - mean_D) / std_D).argmax(dim=1)
-    return 100 * (answer_M == label_M).float().mean().item()
+    return round(100 * (answer_M == label_M).double().mean().item(), 2)
 
 
 def fit(x_ND, label_N, decay=1e-4):
@@ -225,6 +225,8 @@ def table(rows):
         "| | changes | seeds | k-NN, % | linear, % | k-NN against the row above | in the paper |",
         "|---|---|---|---|---|---|---|",
     ]
+    floor = [shown(column(rows[0][1], key)) for key in ("knn_random", "linear_random")]
+    lines.append(f"| untrained network | | {len(rows[0][1])} | {floor[0]} | {floor[1]} | | |")
     for row, results, above in rows:
         knn, change = column(results), ""
         changes = (
