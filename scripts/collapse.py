@@ -57,7 +57,7 @@ DEATHS = {
     "duplicates": Death("KoLeo on duplicates", {"loss.koleo": 0.1}),
 }
 SIGNS = {
-    "teacher_entropy": "teacher_entropy (nats)",
+    "teacher_entropy": "teacher_entropy",
     "prototypes_used": "prototypes_used",
     "koleo_distance": "koleo_distance",
     "rankme": "rankme",
