@@ -56,12 +56,7 @@ DEATHS = {
     "high_lr": Death("learning rate too high", {"optim.lr": 4.0, "optim.clip": 0.0}),
     "duplicates": Death("KoLeo on duplicates", {"loss.koleo": 0.1}),
 }
-SIGNS = {
-    "teacher_entropy": "teacher_entropy",
-    "prototypes_used": "prototypes_used",
-    "koleo_distance": "koleo_distance",
-    "rankme": "rankme",
-}
+SIGNS = ("teacher_entropy", "prototypes_used", "koleo_distance", "rankme")
 
 
 def words(name):
@@ -148,14 +143,14 @@ def draw(runs, path, steps):
     page.text(20, 14, "How it dies: signs of health against steps (grey: the healthy run)", 17)
     logs = {name: read_log(runs / name / "log.jsonl") for name in DEATHS}
     for i, (name, death) in enumerate(list(DEATHS.items())[1:]):
-        for j, (sign, title) in enumerate(SIGNS.items()):
+        for j, sign in enumerate(SIGNS):
             lines = [
                 plot.Line("healthy", "#BBBBBB", series(logs["healthy"], sign)),
                 plot.Line(death.title, plot.ORANGE, series(logs[name], sign)),
             ]
             left, top = 20 + j * width, 50 + i * height
             box = (left, top, left + width - 20, top + height - 10)
-            heading = f"{death.title}: {title}" if j == 0 else title
+            heading = f"{death.title}: {sign}" if j == 0 else sign
             plot.panel(page, box, heading, lines, steps, from_zero=True, small=True)
     page.finished().save(path)
 
