@@ -213,7 +213,10 @@ class Reporter:
                 "raise loss.koleo or lower optim.lr",
             ),
             (
-                line["prototypes_used"] < 2 / self.cfg.head.prototypes,
+                # Softmax centering may share them out although the scores favour one: then the
+                # targets are not certain of it.
+                line["prototypes_used"] < 2 / self.cfg.head.prototypes
+                and line["teacher_entropy"] < math.log(2),
                 "the teacher puts every image on one or two prototypes (share used "
                 "{prototypes_used:.5f}): use loss.centering=sinkhorn",
             ),
