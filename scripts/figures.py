@@ -92,7 +92,7 @@ def two_views():
     page.text(310, 14, "the crops (flipped by chance)", 13, GREY)
     for i, (view, kind) in enumerate(zip(views, kinds, strict=True)):
         size = 16 if kind == augment.LOCAL else 32
-        crop = augment.resized_crop(image, view.box, size)
+        crop = augment.resized_crop(image, view.box, size).permute(1, 2, 0).numpy()
         crop = crop[:, ::-1] if view.flip else crop
         if i < 2:
             put(page, crop, 310 + i * 126, 40, 116, frame=VIEWS[i])
