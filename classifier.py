@@ -288,17 +288,15 @@ def predict(argv):
     for name, classes in classifier.targets:
         head += [name, f"{name} probability", *(f"{name}: {word}" for word in classes)]
     damaged = 0
-    try:
-        with open(o.out, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
-            rows = csv.writer(file)
-            rows.writerow(head)
-            found = predictions(classifier.to(device), source, cfg, device)
-            for i, probabilities in enumerate(tqdm(found, "images", len(source), disable=None)):
-                damaged += probabilities is None
-                if probabilities is not None:
-                    rows.writerow(csv_row(source.name(i), classifier.targets, probabilities))
-    except OSError as error:
-        raise UserError(f"out={o.out}: cannot be written ({error.strerror})") from None
+    how = {"newline": "", "encoding": "utf-8", "errors": "surrogateescape"}
+    with config.writing(f"out={o.out}"), open(o.out, "w", **how) as file:
+        rows = csv.writer(file)
+        rows.writerow(head)
+        found = predictions(classifier.to(device), source, cfg, device)
+        for i, probabilities in enumerate(tqdm(found, "images", len(source), disable=None)):
+            damaged += probabilities is None
+            if probabilities is not None:
+                rows.writerow(csv_row(source.name(i), classifier.targets, probabilities))
     if damaged:
         warn(f"{damaged} damaged images are left out")
     print(f"{len(source) - damaged} images labelled: {o.out}")

@@ -33,6 +33,16 @@ class RankError(UserError):
     """A UserError that one of several processes meets alone; the others all have the same one."""
 
 
+@contextlib.contextmanager
+def writing(what, fix="choose another place"):
+    """Make an OSError of the lines inside (a full disk, no permission) a UserError with a fix."""
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or error
+        raise UserError(f"{what}: cannot be written ({reason}); {fix}") from None
+
+
 Pair = tuple[float, float]
 Triple = tuple[float, float, float]
 Floats = tuple[float, ...]
@@ -418,10 +428,8 @@ def to_dict(cfg):
 def dump(cfg, path):
     """Write the resolved config, every key included, so that a run folder explains itself."""
     text = yaml.safe_dump(to_dict(cfg), sort_keys=False, default_flow_style=None)
-    try:
+    with writing(path, "set out=..."):
         Path(path).write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror}); set out=...") from None
 
 
 @functools.cache

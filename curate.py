@@ -44,7 +44,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 import sheets
-from config import UserError, report_errors
+from config import UserError, report_errors, writing
 from copies import S, components, near_copies, neighbours
 from data import centre_crop, open_source, resize, worker_options
 from index import progress
@@ -298,7 +298,7 @@ def main(argv):
     if not isinstance(pool, Files) or pool.index.shards:
         raise UserError(f"{o.pool}: POOL must be a folder or a list, as list.txt will hold paths")
     given = {key: sources_of(getattr(o, key), cfg, key) for key in ("curated", "against")}
-    try:
+    with writing(o.out):
         os.makedirs(o.out, exist_ok=True)
         pool = embed(pool, "pool", backbone, cfg, o, device)
         curated, against = (
@@ -308,8 +308,6 @@ def main(argv):
         fate, collisions = curate(pool, curated, against, o)
         counts = write_results(pool, fate, o, collisions, curated)
         draw_sheet(pool, curated, against, fate, Path(o.out, "sheet.png"))
-    except OSError as error:
-        raise UserError(f"{o.out}: cannot be written ({error.strerror or error})") from None
     print_report(counts, o)
 
 

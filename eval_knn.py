@@ -288,10 +288,8 @@ def keep_scores(path, columns):
         for ending, scores in zip(endings, columns.values(), strict=False)
         for name, value in scores.items()
     }
-    try:
+    with config.writing(path):
         path.write_text(json.dumps(result, indent=1) + "\n")
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror})") from None
 
 
 if __name__ == "__main__":

@@ -331,10 +331,8 @@ def main(argv):
 def write_results(path, results):
     keys = ("target", "method", "held_out", "test", "chosen", "best")
     rows = [{key: getattr(r, key) for key in keys} for r in results]
-    try:
+    with config.writing(path):
         path.write_text(json.dumps(rows, indent=1) + "\n")
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror})") from None
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from PIL import Image
 import curves
 import data
 import sheets
-from config import UserError
+from config import UserError, writing
 from parallel import dtype_of, ranks
 from patches import patch_features, steady_colours
 from plot import BLUE, INK, LIGHT, Page
@@ -47,17 +47,13 @@ def keep_frame(step, backbone, source, cfg, count=4):
     arrays = {f"features_{i}": f.half().numpy() for i, f in enumerate(features)}
     arrays |= {f"image_{i}": np.asarray(sheets.thumbnail(x)) for i, x in enumerate(images)}
     folder = Path(cfg.out, "frames")
-    try:
+    with writing(folder, "set log.pictures=false to do without"):
         folder.mkdir(parents=True, exist_ok=True)
         for stale in folder.glob("*.npz") if step == 0 else ():  # of a run that was here before
             stale.unlink()
         with open(folder / "frame.part", "wb") as file:
             np.savez(file, **arrays)
         os.replace(folder / "frame.part", folder / f"{step:07d}.npz")
-    except OSError as error:
-        raise UserError(
-            f"{folder}: cannot be written ({error.strerror}); set log.pictures=false to do without"
-        ) from None
 
 
 def animate(run, path, milliseconds=500, side=160):

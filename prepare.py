@@ -179,7 +179,7 @@ def show_pack(cfg, options):
     source, folder = open_source(cfg.data.root, cfg), Path(options["to"])
     plan = {"source": os.path.abspath(cfg.data.root), "images": len(source)}
     plan |= {key: options[key] for key in ("short", "per_shard")}
-    try:
+    with config.writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         plan_file = folder / "pack.json"
         if plan_file.exists() and json.loads(plan_file.read_text()) != plan:
@@ -192,8 +192,6 @@ def show_pack(cfg, options):
         if source.classes:
             write_aside(folder / "classes.txt", "".join(f"{name}\n" for name in source.classes))
         damaged = pack(source, folder, options["short"], options["per_shard"], cfg)
-    except OSError as error:
-        raise UserError(f"{folder}: cannot be written ({error.strerror})") from None
     print(f"{len(source) - damaged:,} images in {folder}; train with data.root={folder}")
 
 

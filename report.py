@@ -5,6 +5,7 @@ waits for a number that nobody reads.
 """
 
 import contextlib
+import importlib
 import json
 import math
 import os
@@ -20,12 +21,13 @@ from tqdm import tqdm
 
 import curves
 import dinov2
-from config import UserError, dump, to_dict
+from config import UserError, dump, to_dict, writing
 from optim import scaled_lr
 from parallel import dtype_of, lists_of_ranks, multiplies_bf16, sum_over_ranks
 from results import FLOORS, draw_crops
 
 NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+ELSEWHERE = "set out= to another place"
 TERMS = ("dino_global", "dino_local", "ibot", "koleo")
 
 
@@ -63,13 +65,11 @@ class Reporter:
     def open_folder(self, lines, start):
         """Make the run folder, with a log of these lines."""
         path = self.out / "log.jsonl"
-        try:
+        with writing(f"out={self.cfg.out}", ELSEWHERE):
             self.out.mkdir(parents=True, exist_ok=True)
             dump(self.cfg, self.out / "config.yaml")
             replace_text(path, "".join(json.dumps(line) + "\n" for line in lines))
             self.log = path.open("a", buffering=1)  # line by line: a kill loses at most one
-        except OSError as error:
-            raise cannot_write(f"out={self.cfg.out}", error) from None
         self.writers = open_writers(self.cfg, start)
         self.began = time.time()
 
@@ -152,16 +152,14 @@ class Reporter:
         """Write summary.json, last of all: a run folder that has one is complete."""
         machine = {"device": f"{self.device} ({device_name(self.device)})"}
         result = result | {"skipped_images": len(self.bad)} | machine | {"torch": torch.__version__}
-        try:
+        with writing(self.out / "summary.json", ELSEWHERE):
             replace_text(self.out / "summary.json", json.dumps(result, indent=1) + "\n")
-        except OSError as error:
-            raise cannot_write(self.out / "summary.json", error) from None
 
     def close(self, message):
         """Last words."""
         self.live.close()
-        for writer in self.writers:
-            writer.close()
+        for _, close in self.writers:
+            close()
         if self.rank == 0:
             print(message, flush=True)
 
@@ -173,12 +171,10 @@ class Reporter:
 
     def write(self, line):
         line = {k: rounded(v) if isinstance(v, float) else v for k, v in line.items()}
-        try:
+        with writing(self.out / "log.jsonl", ELSEWHERE):
             self.log.write(json.dumps(line) + "\n")
-        except OSError as error:
-            raise cannot_write(self.out / "log.jsonl", error) from None
-        for writer in self.writers:
-            writer.add(line)
+        for add, _ in self.writers:
+            add(line)
 
     def say(self, text):
         """A line of text that does not tear the progress line."""
@@ -275,11 +271,6 @@ def replace_text(path, text):
     os.replace(aside, path)
 
 
-def cannot_write(what, error):
-    """The UserError for an OSError: a full disk, a missing permission."""
-    return UserError(f"{what}: cannot be written ({error.strerror}); set out= to another place")
-
-
 # ---- at the start --------------------------------------------------------------------------------
 
 
@@ -347,57 +338,36 @@ def memory(device):
 
 
 def open_writers(cfg, start):
-    """TensorBoard and Weights & Biases, where asked for. Raises UserError if not installed."""
+    """TensorBoard and Weights & Biases, where asked for: [(add a line of the log, close)].
+
+    Raises UserError if the package is not installed.
+    """
     writers = []
     if cfg.log.tensorboard:
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError:
-            raise UserError(
-                "log.tensorboard=true needs a package: pip install tensorboard"
-            ) from None
+        tensorboard = needed("torch.utils.tensorboard", "tensorboard", "log.tensorboard=true")
         # What an interrupted run wrote after its last checkpoint is done again: purged.
-        writers.append(TensorBoard(SummaryWriter(cfg.out, purge_step=start + 1 if start else None)))
+        board = tensorboard.SummaryWriter(cfg.out, purge_step=start + 1 if start else None)
+
+        def add(line):
+            for name, value in line.items():
+                if isinstance(value, (int, float)):
+                    board.add_scalar(name, value, line["step"])
+
+        writers.append((add, board.close))
     if cfg.log.wandb:
-        try:
-            import wandb
-        except ImportError:
-            raise UserError(
-                f"log.wandb={cfg.log.wandb} needs a package: pip install wandb"
-            ) from None
+        wandb = needed("wandb", "wandb", f"log.wandb={cfg.log.wandb}")
         try:
             run = wandb.init(project=cfg.log.wandb, dir=cfg.out, config=to_dict(cfg))
         except wandb.Error as error:
-            raise UserError(
-                f"log.wandb={cfg.log.wandb}: {error} Or set WANDB_MODE=offline"
-            ) from None
-        writers.append(WandB(run))
+            text = f"log.wandb={cfg.log.wandb}: {error} Or set WANDB_MODE=offline"
+            raise UserError(text) from None
+        writers.append((lambda line: run.log(line, step=line["step"]), run.finish))
     return writers
 
 
-class TensorBoard:
-    """Sends each number of a log line to TensorBoard."""
-
-    def __init__(self, writer):
-        self.writer = writer
-
-    def add(self, line):
-        for name, value in line.items():
-            if isinstance(value, (int, float)):
-                self.writer.add_scalar(name, value, line["step"])
-
-    def close(self):
-        self.writer.close()
-
-
-class WandB:
-    """Sends each log line to Weights & Biases."""
-
-    def __init__(self, run):
-        self.run = run
-
-    def add(self, line):
-        self.run.log(line, step=line["step"])
-
-    def close(self):
-        self.run.finish()
+def needed(module, package, key):
+    """A module of a package that only this key needs."""
+    try:
+        return importlib.import_module(module)
+    except ImportError:
+        raise UserError(f"{key} needs a package: pip install {package}") from None

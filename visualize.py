@@ -40,7 +40,7 @@ import eval_knn
 import frames
 import matching
 import sheets
-from config import UserError, report_errors
+from config import UserError, report_errors, writing
 from data import Part, evaluation_images, open_source
 from parallel import pick_device
 from patches import anywhere, attention_maps, foreground, patch_features, pca_colours
@@ -202,11 +202,8 @@ def keypoint_title(found, points, size, alpha):
 
 
 def save_features(file, maps):
-    try:
-        with open(file, "wb") as out:
-            np.savez(out, a=maps[0].numpy(), b=maps[1].numpy())
-    except OSError as error:
-        raise UserError(f"save={file}: cannot be written ({error.strerror})") from None
+    with writing(f"save={file}"), open(file, "wb") as out:
+        np.savez(out, a=maps[0].numpy(), b=maps[1].numpy())
 
 
 def best_of_regions(pairs, grid, regions=6):
