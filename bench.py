@@ -17,6 +17,7 @@ import torch
 
 import bench_official
 import bench_ours
+import command
 import config
 from config import UserError
 from measure import Clock, matmul_peak, measure, record, save, table
@@ -80,7 +81,7 @@ The results are added to FOLDER/benchmarks.json and FOLDER/benchmarks.md (defaul
 
 def arguments(argv):
     """(what, config, peers, folder) from the command line."""
-    words = config.main_arguments(argv, USAGE)
+    words = command.main_arguments(argv, USAGE)
     what, words = words[0], words[1]
     if what not in WHAT:
         raise UserError(f"{what}: cannot be measured; use one of {', '.join(WHAT)}")
@@ -108,7 +109,7 @@ def arguments(argv):
     return what, cfg, peers, options["--to"]
 
 
-@config.report_errors
+@command.report_errors
 def main(argv):
     what, cfg, peers, folder = arguments(argv)
     device = pick_device(cfg.device)

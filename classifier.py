@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import checkpoint
+import command
 import config
 import data
 from config import UserError
@@ -274,10 +275,10 @@ Keys override the config of the classifier, such as device=cpu or data.workers=0
 
 
 def predict(argv):
-    path, words = config.main_arguments(argv, PREDICT_USAGE)
+    path, words = command.main_arguments(argv, PREDICT_USAGE)
     if not words or "=" in words[0]:
         raise UserError("FOLDER is missing: write eval_linear.py predict CLASSIFIER FOLDER")
-    o, overrides = config.take_options(words[1:], {"out": "labels.csv"})
+    o, overrides = command.take_options(words[1:], {"out": "labels.csv"})
     classifier, cfg = load(path, with_config=True)
     for word in overrides:
         config.override(cfg, word)

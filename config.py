@@ -4,7 +4,7 @@ A run is configured by one yaml file and by `key=value` words after it on the co
     torchrun train.py config.yaml out=runs/x optim.lr=1e-3
 A yaml section is one dataclass below. The defaults are those of the official ViT-L/16 short set-up
 (ssl_default_config.yaml), so a yaml only says what is different. The comment behind a field (unit,
-what it does, what to try) is also what `--help` prints: it is read from this very source.
+what it does, what to try) is also what `--help` prints (command.py): it is read from this source.
 A file that is wrong raises UserError: one line, with the key, what is wrong and what to do.
 """
 
@@ -12,15 +12,10 @@ import contextlib
 import difflib
 import functools
 import inspect
-import json
 import math
-import os
 import re
-import sys
-import time
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
-from types import SimpleNamespace
 
 import yaml
 
@@ -228,9 +223,10 @@ def from_dict(given, source="config"):
         raise UserError(f"{source}: expected lines like `steps: 100`, got {shown(given)}")
     cfg = Config()
     for name, value in given.items():
-        if is_dataclass(type_of(name)) and value is None:
-            continue  # a section whose keys are all commented out
-        if is_dataclass(type_of(name)) and isinstance(value, dict):
+        is_section = is_dataclass(type_of(name))
+        if is_section and value is None:
+            continue  # all its keys are commented out
+        if is_section and isinstance(value, dict):
             for key, inner in value.items():
                 assign(cfg, f"{name}.{key}", inner, source)
         else:
@@ -245,13 +241,15 @@ def override(cfg, word):
         raise UserError(f"unknown option {word}: keys have no dashes, as in optim.lr=1e-3 (--help)")
     if not equals or not key:
         raise UserError(f"cannot read {word!r}: write key=value without spaces, as in steps=100")
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
-        value = text
-    if type_of(key) is str and not isinstance(value, str):
-        value = text  # out=2024 and data.val= are text
-    assign(cfg, key, value, f"override {word}")
+    assign(cfg, key, parsed(text, type_of(key)), f"override {word}")
+
+
+def parsed(text, kind):
+    """The text behind `key=` as yaml reads it; where text is expected, as it stands (out=2024)."""
+    if kind is not str:
+        with contextlib.suppress(yaml.YAMLError):
+            return yaml.safe_load(text)
+    return text
 
 
 def type_of(key):
@@ -417,12 +415,10 @@ def lookup(cfg, key):
 def to_dict(cfg):
     """Plain dictionaries and lists: safe in yaml, in json and in a weights_only checkpoint."""
 
-    def plain(value):
-        if isinstance(value, dict):
-            return {key: plain(inner) for key, inner in value.items()}
-        return list(value) if isinstance(value, tuple) else value
+    def plain(pairs):
+        return {key: list(v) if isinstance(v, tuple) else v for key, v in pairs}
 
-    return plain(asdict(cfg))
+    return asdict(cfg, dict_factory=plain)
 
 
 def dump(cfg, path):
@@ -444,82 +440,3 @@ def documented():
             elif more := re.match(r"    # (.+)", line):  # goes on from the line before
                 rows.append(("", more[1]))
     return rows
-
-
-USAGE = """
-usage: torchrun train.py CONFIG.yaml [key=value ...]      (or python train.py ...)
-
-Trains DINOv2 as the yaml file says. Words after it override single keys:
-  torchrun train.py config.yaml                                  embedded images, no GPU, no data
-  torchrun train.py config.yaml out=runs/x optim.lr=1e-3         another folder, another lr
-  torchrun train.py config.yaml data.root=/photos                a folder of your own images
-  torchrun train.py config.yaml crops.local_count=4 'augment.blur=[0, 0.5, 0.5]'
-  torchrun --nproc-per-node 8 train.py config.yaml parallel=ddp  eight GPUs
-The same command again continues an interrupted run. Everything is written below `out`.
-A key that the yaml does not mention has the default below.
-"""
-
-
-def help_text(usage=USAGE):
-    """What --help prints: usage, examples, and every key with its default and comment."""
-    lines, section = [usage.strip("\n")], None
-    for key, comment in documented():
-        if key and key.rpartition(".")[0] != section:
-            section = key.rpartition(".")[0]
-            lines += ["", f"{section}:" if section else f"{'key':<28}{'default':<23}meaning"]
-        default = shown(lookup(Config(), key)) if key else ""
-        lines.append(f"  {key:<26}{default:<23}{comment}")
-    return "\n".join(lines)
-
-
-def take_options(words, defaults):
-    """A program's own options, by their defaults, out of key=value words: (namespace, the rest).
-
-    Raises UserError where a value is not of the default's type.
-    """
-    options, rest = SimpleNamespace(**defaults), []
-    for word in words:
-        key, equals, text = word.partition("=")
-        if not equals or key not in defaults:
-            rest.append(word)
-            continue
-        kind, value = type(defaults[key]), text
-        if kind is not str:
-            with contextlib.suppress(yaml.YAMLError):
-                value = yaml.safe_load(text)
-        setattr(options, key, convert(value, kind, key, f"override {word}"))
-    return options, rest
-
-
-def main_arguments(argv, usage=USAGE):
-    """(path, overrides) from the command line; prints the help for -h, --help and no words."""
-    if not argv or "-h" in argv or "--help" in argv:
-        print(help_text(usage))
-        sys.exit(0 if argv else 2)
-    return argv[0], argv[1:]
-
-
-def report_errors(main):
-    """Decorator of an entry point: a UserError becomes one line on stderr and exit code 2."""
-
-    @functools.wraps(main)
-    def run(*args, **kwargs):
-        try:
-            return main(*args, **kwargs)
-        except UserError as error:
-            # What all processes of a run have to say is said once, by the first.
-            if os.environ.get("RANK", "0") == "0" or isinstance(error, RankError):
-                print("error: " + " ".join(str(error).split()), file=sys.stderr)
-            tell_launcher(str(error))
-            sys.exit(2)
-        except KeyboardInterrupt:
-            sys.exit(130)
-
-    return run
-
-
-def tell_launcher(text):
-    """Make torchrun end its own report of a failed process with this line."""
-    if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
-        extra = {"py_callstack": text, "timestamp": str(int(time.time()))}
-        Path(path).write_text(json.dumps({"message": {"message": text, "extraInfo": extra}}))

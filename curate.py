@@ -44,7 +44,8 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 import sheets
-from config import UserError, report_errors, writing
+from command import report_errors, take_options
+from config import UserError, writing
 from copies import S, components, near_copies, neighbours
 from data import centre_crop, open_source, resize, worker_options
 from index import progress
@@ -264,15 +265,10 @@ def draw_sheet(pool, curated, against, fate, path, columns=12):
 
 def parse(argv):
     """The options, checked, from POOL and key=value words."""
-    o = SimpleNamespace(pool=argv[0], **OPTIONS)
-    for word in argv[1:]:
-        key, equals, value = word.partition("=")
-        if not equals or key not in OPTIONS:
-            raise UserError(f"{word}: unknown; write key=value with one of {', '.join(OPTIONS)}")
-        try:
-            setattr(o, key, type(OPTIONS[key])(value))
-        except ValueError:
-            raise UserError(f"{word}: {key} must be a number") from None
+    o, unknown = take_options(argv[1:], OPTIONS)
+    if unknown:
+        raise UserError(f"{unknown[0]}: unknown; write key=value with one of {', '.join(OPTIONS)}")
+    o.pool = argv[0]
     for key in ("backbone", "out"):
         if not getattr(o, key):
             raise UserError(f"{key}= is missing: write curate.py POOL backbone=RUN out=FOLDER")

@@ -24,6 +24,7 @@ from pathlib import Path
 
 import torch
 
+import command
 import config
 import data
 from config import UserError
@@ -45,13 +46,12 @@ Trains small students to say what a large, frozen teacher says. RUN is a run fol
   torchrun distill.py configs/distill.yaml distill.teacher=dinov2_vitg14 head_steps=10000
 The last one has no heads: 10,000 steps first train some on its frozen backbone, in out/heads.
 The same command again continues an interrupted run. Everything is written below `out`.
-A key that the yaml does not mention has the default below.
 """
 
 
-@config.report_errors
+@command.report_errors
 def main(argv):
-    cfg = config.load(*config.main_arguments(argv, USAGE))
+    cfg = config.load(*command.main_arguments(argv, USAGE))
     students = student_configs(cfg)
     with process_group(cfg) as (device, rank, world):
         distill(cfg, students, device, rank, world)

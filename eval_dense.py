@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from PIL import Image
 from tqdm import tqdm
 
+import command
 import config
 import data
 import synthetic
@@ -261,12 +262,12 @@ def draw(folder, count=60, side=96, cells=4):
     print(f"{count} drawn mosaics of {classes} classes: {folder}/images, {folder}/masks")
 
 
-@config.report_errors
+@command.report_errors
 def main(argv):
-    run, words = config.main_arguments(argv, USAGE)
+    run, words = command.main_arguments(argv, USAGE)
     if not words or "=" in words[0]:
         raise UserError("FOLDER is missing: write eval_dense.py RUN FOLDER")
-    folder, (o, words) = words[0], config.take_options(words[1:], OPTIONS)
+    folder, (o, words) = words[0], command.take_options(words[1:], OPTIONS)
     if run == "draw":
         return draw(folder)
     for key in ("size", "neighbours", "values", "patches"):

@@ -21,6 +21,7 @@ from pathlib import Path
 
 import torch
 
+import command
 import config
 import data
 from config import UserError
@@ -256,9 +257,9 @@ def cell(scores, name):
     return f"{scores[name]:10.2f} %" + ("" if spread is None else f" ± {spread:5.2f}").ljust(8)
 
 
-@config.report_errors
+@command.report_errors
 def main(argv):
-    run, words = config.main_arguments(argv, USAGE)
+    run, words = command.main_arguments(argv, USAGE)
     options, floors, overrides = parse(words)
     backbone, cfg = load_backbone(run, with_config=True)
     settle(cfg, overrides, backbone, run)

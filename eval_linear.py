@@ -29,6 +29,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import classifier as classifiers
+import command
 import config
 import data
 import labelled
@@ -241,7 +242,7 @@ def check_options(o, cfg):
 
 def prepare(run, words):
     """(backbone, Config, options) of a command line, checked."""
-    o, words = config.take_options(words, OPTIONS)
+    o, words = command.take_options(words, OPTIONS)
     backbone, cfg = load_backbone(run, with_config=True)
     for word in words:
         config.override(cfg, word)
@@ -310,11 +311,11 @@ def print_results(results):
             print(f"{r.target:<14}best of all on the test images, as official: {r.best:.2f} %")
 
 
-@config.report_errors
+@command.report_errors
 def main(argv):
     if argv[:1] == ["predict"]:
         return classifiers.predict(argv[1:])
-    run, words = config.main_arguments(argv, USAGE)
+    run, words = command.main_arguments(argv, USAGE)
     backbone, cfg, o = prepare(run, words)
     with process_group(cfg) as (device, rank, _):
         s = read_setup(backbone.to(device), cfg, o, device)

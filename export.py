@@ -24,7 +24,8 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import nn
 
-from config import UserError, report_errors
+from command import report_errors
+from config import UserError
 from weights import load_backbone
 
 

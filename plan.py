@@ -43,6 +43,7 @@ from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 from torch.utils.weak import WeakIdKeyDictionary
 
+import command
 import config
 import data
 import train
@@ -342,39 +343,32 @@ from the memory that this took.
 """
 
 
-@config.report_errors
+@command.report_errors
 def main(argv):
-    path, words = config.main_arguments(argv, USAGE)
-    own = {"gpus": os.environ.get("WORLD_SIZE", "1"), "gpu": "a100", "mfu": "0.35"}
-    own |= dict(word.split("=", 1) for word in words if word.split("=")[0] in own)
-    cfg = config.load(path, [word for word in words if word.split("=")[0] not in own])
+    path, words = command.main_arguments(argv, USAGE)
+    o, words = command.take_options(words, {"gpus": 1, "gpu": "a100", "mfu": 0.35})
+    cfg = config.load(path, words)
     cfg.attention, cfg.compile = "sdpa", False
     if cfg.precision == "auto" and "RANK" not in os.environ:
         cfg.precision = "bf16"  # what it is on these GPUs
-    world, mfu = number("gpus", own["gpus"], int), number("mfu", own["mfu"], float)
-    if own["gpu"] not in GPUS:
-        raise UserError(f"gpu={own['gpu']} is unknown: use one of {', '.join(GPUS)}")
+    for key in ("gpus", "mfu"):
+        if getattr(o, key) <= 0:
+            raise UserError(f"{key}={getattr(o, key)} must be above 0")
+    if o.gpu not in GPUS:
+        raise UserError(f"gpu={o.gpu} is unknown: use one of {', '.join(GPUS)}")
     real = None
     if "RANK" in os.environ:
         with process_group(cfg) as (device, _, world):
-            real = real_peak(cfg, device, world)
+            o.gpus, real = world, real_peak(cfg, device, world)
     if os.environ.get("RANK", "0") == "0":
         print(
-            f"{cfg.vit.size}/{cfg.vit.patch}, {world} x {own['gpu']}, parallel={cfg.parallel}, "
+            f"{cfg.vit.size}/{cfg.vit.patch}, {o.gpus} x {o.gpu}, parallel={cfg.parallel}, "
             f"{cfg.precision}, activation_checkpointing={cfg.activation_checkpointing}"
         )
-        plan = plan_step(cfg, world)
-        print(describe(plan, cfg, world, GPUS[own["gpu"]], mfu))
+        plan = plan_step(cfg, o.gpus)
+        print(describe(plan, cfg, o.gpus, GPUS[o.gpu], o.mfu))
         if real:
             print(f"  for real     {readable(real)}: the plan says {plan.peak / real - 1:+.1%}")
-
-
-def number(key, text, kind):
-    """A positive number from the command line."""
-    with contextlib.suppress(ValueError):
-        if (value := kind(text)) > 0:
-            return value
-    raise UserError(f"{key}={text} must be a number above 0")
 
 
 if __name__ == "__main__":

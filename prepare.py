@@ -28,6 +28,7 @@ import numpy as np
 from PIL import Image
 from torch.utils.data import DataLoader
 
+import command
 import config
 import index
 from config import UserError
@@ -38,17 +39,8 @@ OPTIONS = {"limit": 0, "to": "", "short": 0, "per_shard": 10_000}
 
 def parse(argv):
     """(config, options) from SOURCE and key=value words."""
-    source, *words = argv
-    options, overrides = dict(OPTIONS), []
-    for word in words:
-        key, _, value = word.partition("=")
-        if key not in OPTIONS:
-            overrides.append(word)
-            continue
-        try:
-            options[key] = type(OPTIONS[key])(value)
-        except ValueError:
-            raise UserError(f"{word}: {key} must be a whole number") from None
+    source = argv[0]
+    options, overrides = command.take_options(argv[1:], OPTIONS)
     if source.endswith((".yaml", ".yml")):
         return config.load(source, overrides), options
     cfg = config.Config(batch=8)
@@ -107,7 +99,7 @@ def measure(source, i):
 def show_stats(cfg, options):
     """Mean and std over all pixels, where each image counts the same, large or small."""
     source = open_source(cfg.data.root, cfg)
-    n = min(options["limit"] or len(source), len(source))
+    n = min(options.limit or len(source), len(source))
     order = Order(len(source), seed=0)
     numbers = range(n) if n == len(source) else [order[p] for p in range(n)]
     key = [os.path.abspath(cfg.data.root), len(source), n, cfg.data.channels]
@@ -144,7 +136,7 @@ def show_stats(cfg, options):
             with contextlib.suppress(OSError):
                 write_aside(file, json.dumps(state))
     file.unlink(missing_ok=True)
-    report_stats(n, mean, square, sides, dtypes, state["damaged"], options["to"] or "damaged.txt")
+    report_stats(n, mean, square, sides, dtypes, state["damaged"], options.to or "damaged.txt")
 
 
 def report_stats(n, mean, square, sides, dtypes, damaged, path):
@@ -174,11 +166,11 @@ def write_aside(path, text):
 
 
 def show_pack(cfg, options):
-    if not options["to"]:
+    if not options.to:
         raise UserError("pack: where to? give a folder, as in to=/data/shards")
-    source, folder = open_source(cfg.data.root, cfg), Path(options["to"])
+    source, folder = open_source(cfg.data.root, cfg), Path(options.to)
     plan = {"source": os.path.abspath(cfg.data.root), "images": len(source)}
-    plan |= {key: options[key] for key in ("short", "per_shard")}
+    plan |= {key: getattr(options, key) for key in ("short", "per_shard")}
     with config.writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         plan_file = folder / "pack.json"
@@ -191,7 +183,7 @@ def show_pack(cfg, options):
         write_aside(plan_file, json.dumps(plan, indent=1))
         if source.classes:
             write_aside(folder / "classes.txt", "".join(f"{name}\n" for name in source.classes))
-        damaged = pack(source, folder, options["short"], options["per_shard"], cfg)
+        damaged = pack(source, folder, options.short, options.per_shard, cfg)
     print(f"{len(source) - damaged:,} images in {folder}; train with data.root={folder}")
 
 
@@ -270,7 +262,7 @@ def encode(image, key, jpeg):
 def show_crops(cfg, options):
     from results import draw_crops  # it brings the network along, which nothing else here needs
 
-    path = Path(options["to"] or "crops.png")
+    path = Path(options.to or "crops.png")
     draw_crops(open_source(cfg.data.root, cfg), cfg, path)
     print(f"see {path}")
 
@@ -278,7 +270,7 @@ def show_crops(cfg, options):
 COMMANDS = {"index": show_index, "stats": show_stats, "pack": show_pack, "show": show_crops}
 
 
-@config.report_errors
+@command.report_errors
 def main(argv):
     if len(argv) < 2 or {"-h", "--help"} & set(argv):
         print(__doc__)

@@ -1,8 +1,11 @@
 """Train DINOv2: the events of a run, in order.
 
+usage: torchrun train.py CONFIG.yaml [key=value ...]              or python train.py ...
+
     torchrun train.py config.yaml                                 one process: CPU, CUDA or MPS
     torchrun train.py config.yaml out=runs/x optim.lr=1.0e-3      any key can be overridden
     torchrun train.py config.yaml data.root=/photos               a folder of your own images
+    torchrun train.py config.yaml 'augment.blur=[0, 0.5, 0.5]'    lists in quotes
     torchrun --nproc_per_node=8 train.py config.yaml parallel=fsdp
 
 The same command again continues an interrupted run, to the same end as if nothing had happened.
@@ -23,6 +26,7 @@ import sys
 
 import torch
 
+import command
 import config
 import data
 from augment import colour
@@ -172,9 +176,9 @@ def reporting(step, cfg):
     return step == 0 or (step + 1) % cfg.log.every == 0
 
 
-@config.report_errors
+@command.report_errors
 def main(argv):
-    cfg = config.load(*config.main_arguments(argv))
+    cfg = config.load(*command.main_arguments(argv, __doc__))
     if cfg.distill.teacher:
         raise config.UserError(f"distill.teacher is set: use distill.py {argv[0]}, or leave it out")
     with process_group(cfg) as (device, rank, world):

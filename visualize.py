@@ -40,7 +40,8 @@ import eval_knn
 import frames
 import matching
 import sheets
-from config import UserError, report_errors, writing
+from command import report_errors
+from config import UserError, writing
 from data import Part, evaluation_images, open_source
 from parallel import pick_device
 from patches import anywhere, attention_maps, foreground, patch_features, pca_colours

@@ -21,6 +21,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from ladder import write_between_marks
 
+import command
 import config
 import plot
 import synthetic
@@ -163,7 +164,7 @@ Other words are keys of the config, for all runs: steps=20
 """
 
 
-@config.report_errors
+@command.report_errors
 def main(argv):
     if {"-h", "--help"} & set(argv):
         return print(USAGE.strip())

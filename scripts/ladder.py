@@ -23,6 +23,7 @@ import yaml
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import command
 import config
 import data
 import plot
@@ -320,7 +321,7 @@ DEFAULTS = {
 }
 
 
-@config.report_errors
+@command.report_errors
 def main(argv):
     if not argv or argv[0] not in ("run", "draw"):
         print(USAGE.strip())

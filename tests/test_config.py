@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+import command
 import config
 from config import Config, UserError, dump, from_dict, help_text, load, to_dict
 
@@ -199,7 +200,7 @@ def test_help_explains_every_key_with_its_default():
     keys = [f.name for f in fields(Config) if not is_dataclass(f.type)]
     for section in [f for f in fields(Config) if is_dataclass(f.type)]:
         keys += [f"{section.name}.{f.name}" for f in fields(section.type)]
-    lines = help_text().splitlines()
+    lines = help_text("usage").splitlines()
     for key in keys:
         [line] = [one for one in lines if one.startswith(f"  {key} ")]
         assert len(line) > 51, f"{key} has no comment"
@@ -207,7 +208,7 @@ def test_help_explains_every_key_with_its_default():
 
 
 def test_a_user_error_is_one_line_on_stderr_and_exit_code_2():
-    code = "import config as c; c.report_errors(lambda: c.load('no such\\nfile'))()"
+    code = "import command, config; command.report_errors(lambda: config.load('no such\\nfile'))()"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (
         2,
@@ -217,10 +218,10 @@ def test_a_user_error_is_one_line_on_stderr_and_exit_code_2():
 
 
 def test_the_command_line_is_a_file_and_overrides_or_help(capsys):
-    assert config.main_arguments(["a.yaml", "steps=1"]) == ("a.yaml", ["steps=1"])
+    assert command.main_arguments(["a.yaml", "steps=1"], "usage") == ("a.yaml", ["steps=1"])
     for words, code in [([], 2), (["a.yaml", "--help"], 0)]:
         with pytest.raises(SystemExit) as left:
-            config.main_arguments(words)
+            command.main_arguments(words, "usage")
         assert left.value.code == code
         assert "optim.lr " in capsys.readouterr().out
 

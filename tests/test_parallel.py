@@ -28,6 +28,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.tensor import DTensor
 
+import command
 import config
 import data
 import eval_knn
@@ -561,7 +562,7 @@ def test_bad_input_ends_every_rank_with_code_2_and_is_printed_once(folder):
     assert said[1] == ""
 
 
-@config.report_errors
+@command.report_errors
 def wait_in_vain(rank, world, port, folder):
     """Rank 0 waits for a sum in which rank 1 never takes part."""
     be_rank(rank, world, port)
