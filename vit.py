@@ -18,6 +18,7 @@ Shapes:  B images of one crop size   N patches   T = 1 + registers + N tokens   
          H heads   E channels per head   M = sum of B * T, the tokens of all crops packed in one row
 """
 
+from dataclasses import asdict
 from functools import partial
 
 import torch
@@ -216,7 +217,6 @@ class VisionTransformer(nn.Module):
         interpolate_antialias=False,
         init_std=0.02,
         attention="auto",
-        mlp_ratio=4.0,
     ):
         super().__init__()
         if isinstance(size, str) and size not in SIZES:
@@ -240,9 +240,8 @@ class VisionTransformer(nn.Module):
         self.register_tokens = nn.Parameter(torch.empty(1, registers, dim)) if registers else None
         self.mask_token = nn.Parameter(torch.empty(1, dim))
         self.patch_embed = PatchEmbed(channels, dim, patch)
-        hidden = int(dim * mlp_ratio)
         self.blocks = nn.ModuleList(
-            Block(dim, heads, hidden, ffn or own_ffn, layerscale, attention) for _ in range(depth)
+            Block(dim, heads, 4 * dim, ffn or own_ffn, layerscale, attention) for _ in range(depth)
         )
         self.norm = LayerNorm(dim, eps=1e-6)
         if not self.cls_token.is_meta:
@@ -337,15 +336,11 @@ class VisionTransformer(nn.Module):
         for i, block in enumerate(self.blocks):
             # A rate of 0 needs no gathering: the plain path gives the same.
             x_MD = block(x_MD, groups, kept[i] if kept and self.drop_path[i] else (None, None))
+        rows = [B * T for B, T in groups]
+        norms, prenorms = self.norm(x_MD).split(rows), x_MD.split(rows)
         outputs = [
             self.split_tokens(norm.unflatten(0, group), prenorm.unflatten(0, group), mask)
-            for norm, prenorm, group, mask in zip(
-                self.norm(x_MD).split([B * T for B, T in groups]),
-                x_MD.split([B * T for B, T in groups]),
-                groups,
-                masks,
-                strict=True,
-            )
+            for norm, prenorm, group, mask in zip(norms, prenorms, groups, masks, strict=True)
         ]
         return outputs if isinstance(x, list) else outputs[0]
 
@@ -392,31 +387,26 @@ def packed_rows(kept, groups, device):
 
     All indices of the step go to the device in one copy that nobody waits for.
     """
-    flat = torch.cat([indices for block in kept for branch in block for indices in branch])
+    drawn = [images for block in kept for branch in block for images in branch]
+    flat = torch.cat(drawn)
     if device.type == "cuda":
         flat = flat.pin_memory()
-    flat = iter(flat.to(device, non_blocking=True).split([
-        len(indices) for block in kept for branch in block for indices in branch
-    ]))  # fmt: skip
-    starts = [0]
+    drawn = iter(flat.to(device, non_blocking=True).split([len(images) for images in drawn]))
+    crops, start = [], 0
     for B, T in groups:
-        starts.append(starts[-1] + B * T)
-    tokens = [torch.arange(T, device=device) for _, T in groups]
+        crops.append((B, T, start + torch.arange(T, device=device)))  # the rows of its first image
+        start += B * T
 
-    def pack(branch):
-        indices = [next(flat) for _ in branch]
-        rows = [
-            (start + i.unsqueeze(1) * len(t) + t).flatten()
-            for i, t, start in zip(indices, tokens, starts, strict=False)
-        ]
-        scale = [
-            torch.full((len(r), 1), B / len(i), device=device)
-            for r, i, (B, _) in zip(rows, indices, groups, strict=True)
-        ]
-        kept_groups = tuple((len(i), T) for i, (_, T) in zip(indices, groups, strict=True))
-        return torch.cat(rows), kept_groups, torch.cat(scale)
+    def pack_branch():
+        rows, kept_groups, scale = [], [], []
+        for B, T, first_T in crops:
+            image_k = next(drawn)
+            rows.append((image_k.unsqueeze(1) * T + first_T).flatten())
+            kept_groups.append((len(image_k), T))
+            scale.append(torch.full((len(image_k) * T, 1), B / len(image_k), device=device))
+        return torch.cat(rows), tuple(kept_groups), torch.cat(scale)
 
-    return [[pack(branch) for branch in block] for block in kept]
+    return [[pack_branch() for _ in block] for block in kept]
 
 
 @torch.no_grad()
@@ -428,20 +418,10 @@ def assign(module, values):
 
 
 def build_backbone(cfg, drop_path=0.0):
-    """The backbone that a Config describes."""
-    v = cfg.vit
+    """The backbone that a Config describes: the keys of vit.* are arguments of the same names."""
     return VisionTransformer(
-        v.size,
-        v.patch,
+        **asdict(cfg.vit) | {"drop_path": drop_path},
         image_size=cfg.crops.global_size,
         channels=cfg.data.channels,
-        registers=v.registers,
-        ffn=v.ffn,
-        drop_path=drop_path,
-        drop_path_uniform=v.drop_path_uniform,
-        layerscale=v.layerscale,
-        interpolate_offset=v.interpolate_offset,
-        interpolate_antialias=v.interpolate_antialias,
-        init_std=v.init_std,
         attention=cfg.attention,
     )

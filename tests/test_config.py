@@ -13,7 +13,8 @@ import yaml
 
 import command
 import config
-from config import Config, UserError, dump, from_dict, help_text, load, to_dict
+from command import help_text
+from config import Config, UserError, dump, from_dict, load, to_dict
 
 ROOT = Path(config.__file__).parent
 

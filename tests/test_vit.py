@@ -46,7 +46,6 @@ def golden_vit(name, attention="auto"):
         registers=c["num_register_tokens"],
         interpolate_offset=c["interpolate_offset"],
         interpolate_antialias=c["interpolate_antialias"],
-        mlp_ratio=c["mlp_ratio"],
         attention=attention,
     )
     state = {k.removeprefix("state/"): v for k, v in z.items() if k.startswith("state/")}
