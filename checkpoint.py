@@ -32,7 +32,7 @@ from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_optimizer_state_dict
 
 from config import Config, UserError, to_dict
-from parallel import ranks
+from parallel import lists_of_ranks, ranks
 
 KEEP = 2  # one to continue from, one in case that one is damaged
 warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process: fine
@@ -137,9 +137,9 @@ def write(tensors, card, run, group):
         writer = dcp.HuggingFaceStorageWriter(str(aside), save_distributed=True)
         dcp.save(tensors, storage_writer=writer, process_group=group)
         own = sorted(aside.glob(f"shard-{ranks()[0] + 1:05d}-*"))
-        sums = gathered({path.name: checksum(path) for path in own}, group)
+        sums = lists_of_ranks([(path.name, checksum(path)) for path in own], group)
         if first:
-            card["files"] = {name: value for part in sums for name, value in part.items()}
+            card["files"] = dict(sums)
             write_file(aside / "run.json", lambda file: file.write(json.dumps(card).encode()))
             export_teacher(aside, run / "teacher.pt")  # now, as a complete checkpoint has one
             discard(folder)  # a step that was saved before, by a run that was then set back
@@ -187,15 +187,6 @@ def discard(folder):
         shutil.rmtree(folder.rename(folder.with_suffix(".old.part")))
 
 
-def gathered(value, group):
-    """The values of all ranks, in their order."""
-    if group is None:
-        return [value]
-    values = [None] * dist.get_world_size(group)
-    dist.all_gather_object(values, value, group=group)
-    return values
-
-
 def checksum(path):
     """[bytes, CRC-32] of a file."""
     crc = 0
@@ -230,9 +221,8 @@ def verified(folder, group):
     # A damaged run.json is anything: no json, no dictionary, other keys, other bytes.
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         card, problem = None, reason(error)
-    problems = [text for text in gathered(problem, group) if text]
-    if problems:
-        raise Damaged(f"{folder}: damaged ({problems[0]})")
+    if any(problems := lists_of_ranks([problem], group)):
+        raise Damaged(f"{folder}: damaged ({next(filter(None, problems))})")
     return card
 
 
@@ -255,19 +245,9 @@ def read(path):
 
 # What may differ between a run and its continuation: where and how, not what is computed.
 FREE = (
-    "out",
-    "device",
-    "parallel",
-    "attention",
-    "activation_checkpointing",
-    "compile",
-    "init_from",
-    "init_heads",
-    "head_steps",
-    "log.",
-    "data.workers",
-    "data.val",
-)
+    "out", "device", "parallel", "attention", "activation_checkpointing", "compile",
+    "init_from", "init_heads", "head_steps", "log.", "data.workers", "data.val",
+)  # fmt: skip
 
 
 def check_same(before, cfg):
@@ -278,7 +258,7 @@ def check_same(before, cfg):
             if isinstance(value, dict):
                 yield from flat(value, f"{prefix}{key}.")
             else:
-                yield prefix + key, list(value) if isinstance(value, tuple) else value
+                yield prefix + key, value
 
     now, defaults = dict(flat(to_dict(cfg))), dict(flat(to_dict(Config())))
     before = defaults | dict(flat(before))  # it may be older than a key

@@ -184,17 +184,6 @@ def embed(source, name, backbone, cfg, o, device):
     )
 
 
-def sources_of(words, cfg, key):
-    """The sources of `a,b`; clear words if there are none."""
-    found = []
-    for root in filter(None, words.split(",")):
-        try:
-            found.append(open_source(root, cfg))
-        except UserError as error:
-            raise UserError(f"{key}: {error}") from None
-    return found
-
-
 # ---- the command --------------------------------------------------------------------------------
 
 KEPT, COPY, SEEN, REJECTED, DAMAGED = "kept", "near-copy", "in evaluation", "rejected", "damaged"
@@ -293,7 +282,10 @@ def main(argv):
     pool = open_source(o.pool, cfg)
     if not isinstance(pool, Files) or pool.index.shards:
         raise UserError(f"{o.pool}: POOL must be a folder or a list, as list.txt will hold paths")
-    given = {key: sources_of(getattr(o, key), cfg, key) for key in ("curated", "against")}
+    given = {
+        key: [open_source(root, cfg, key=key) for root in getattr(o, key).split(",") if root]
+        for key in ("curated", "against")
+    }
     with writing(o.out):
         os.makedirs(o.out, exist_ok=True)
         pool = embed(pool, "pool", backbone, cfg, o, device)

@@ -17,6 +17,8 @@ Shapes:  n images of the source   G images of a step   B of them on this rank   
 
 import os
 import random
+import sys
+import warnings
 from functools import partial
 from typing import NamedTuple
 
@@ -29,6 +31,9 @@ from torch.utils.data import DataLoader
 import augment
 from config import UserError
 from sources import open_source, read_or_next, split_folder
+
+# More workers than cores are no mistake where images come over a network: they wait side by side.
+warnings.filterwarnings("ignore", message="This DataLoader will create")
 
 # ---- order --------------------------------------------------------------------------------------
 
@@ -166,8 +171,12 @@ def loader(cfg, source, start_step=0, rank=0, world=1):
 
 
 def worker_options(cfg):
+    # Forked workers share the names of millions of images. Python 3.14 would start them afresh and
+    # give each a copy, as must be where forking is not safe (macOS, Windows).
+    fork = cfg.data.workers > 0 and sys.platform == "linux"
     return {
         "num_workers": cfg.data.workers,
+        "multiprocessing_context": "fork" if fork else None,
         "pin_memory": torch.cuda.is_available() and cfg.device != "cpu",
         "worker_init_fn": start_worker,
         # Without a generator of its own, the DataLoader would draw from the global one, and a
@@ -229,7 +238,9 @@ def evaluation_images(cfg):
     train = open_source(root, cfg, "train")
     if not train.classes:
         return None
-    return train, open_source(val or root, cfg, "test", train.classes)
+    return train, open_source(
+        val or root, cfg, "test", train.classes, key="data.val" if val else "data.root"
+    )
 
 
 def centre_crop(image, size):
@@ -291,8 +302,6 @@ def evaluation_batches(source, cfg, batch=256, device="cpu", rank=0, world=1):
 
 
 if __name__ == "__main__":
-    import sys
-
     from prepare import main
 
     main(sys.argv[1:])

@@ -256,11 +256,9 @@ def with_class_names(index, path):
     if not path.exists() or not index.classes:
         return index
     names = path.read_text(encoding="utf-8").splitlines()
-    try:
-        table = np.array([int(c) for c in index.classes] + [-1], np.int32)
-        assert all(0 <= n < len(names) for n in table[:-1])
-    except (ValueError, AssertionError):
-        raise UserError(f"{path}: {len(names)} names do not fit the .cls of the shards") from None
+    if not all(c.isdecimal() and int(c) < len(names) for c in index.classes):
+        raise UserError(f"{path}: {len(names)} names do not fit the .cls of the shards")
+    table = np.array([*map(int, index.classes), -1], np.int32)  # -1 is the last
     return index._replace(labels=table[index.labels], classes=names)
 
 

@@ -73,7 +73,7 @@ def divided(cfg):
     root, val = cfg.data.root, cfg.data.val
     train = open_source(root, cfg, "train")
     if val or split_folder(root, "train") != split_folder(root, "test"):
-        return train, open_source(val or root, cfg, "test")
+        return train, open_source(val or root, cfg, "test", key="data.val" if val else "data.root")
     return (
         Part(train, [i for i in range(len(train)) if i % 10]),
         Part(train, range(0, len(train), 10)),

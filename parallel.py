@@ -61,12 +61,12 @@ def gather_from_ranks(x_BD):
     return all_gather_single(x_BD, 0, dist.group.WORLD), rank * len(x_BD)
 
 
-def lists_of_ranks(items):
+def lists_of_ranks(items, group=None):
     """The items of the lists of all processes; all ranks call it, and wait for each other."""
     if ranks()[1] == 1:
         return items
     lists = [None] * ranks()[1]
-    dist.all_gather_object(lists, items)
+    dist.all_gather_object(lists, items, group=group)
     return [item for own in lists for item in own]
 
 

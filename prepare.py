@@ -20,7 +20,6 @@ import json
 import os
 import sys
 import tarfile
-from collections import Counter
 from functools import partial
 from pathlib import Path, PurePosixPath
 
@@ -93,7 +92,8 @@ def measure(source, i):
     values = resize(image, *image.shape[:2])  # as it is; more than 8 bits become 0..1
     values = values.reshape(-1, values.shape[2]) / (255 if values.dtype == np.uint8 else 1)
     mean, square = values.mean(0, np.float64), np.square(values).mean(0, np.float64)
-    return {"side": min(image.shape[:2]), "dtype": str(image.dtype), "mean": mean, "square": square}
+    side = str(min(image.shape[:2]))
+    return {"side": side, "dtype": str(image.dtype), "mean": mean, "square": square}
 
 
 def show_stats(cfg, options):
@@ -104,47 +104,40 @@ def show_stats(cfg, options):
     numbers = range(n) if n == len(source) else [order[p] for p in range(n)]
     key = [os.path.abspath(cfg.data.root), len(source), n, cfg.data.channels]
     file = index.CACHE / "stats.json"
-    state = {
-        "key": key,
-        "done": 0,
-        "mean": 0,
-        "square": 0,
-        "sides": {},
-        "dtypes": {},
-        "damaged": [],
-    }
+    seen = {"key": key, "images": 0, "damaged": [], "side": {}, "dtype": {}}
+    seen |= {"mean": [0.0] * cfg.data.channels, "square": [0.0] * cfg.data.channels}
     with contextlib.suppress(OSError, ValueError):
         before = json.loads(file.read_text())
-        state = before if before["key"] == key else state
-    mean, square = np.array(state["mean"], float), np.array(state["square"], float)
-    sides, dtypes = Counter(state["sides"]), Counter(state["dtypes"])
-    for result in ordered(partial(measure, source), numbers[state["done"] :], cfg, "measuring"):
-        state["done"] += 1
-        if "damaged" in result:
-            state["damaged"].append(result["damaged"])
-        else:
-            mean, square = mean + result["mean"], square + result["square"]
-            sides[str(result["side"])] += 1
-            dtypes[result["dtype"]] += 1
-        if state["done"] % 1000 == 0:
-            state |= {
-                "mean": mean.tolist(),
-                "square": square.tolist(),
-                "sides": sides,
-                "dtypes": dtypes,
-            }
+        seen = before if before.keys() == seen.keys() and before["key"] == key else seen
+    for result in ordered(partial(measure, source), numbers[seen["images"] :], cfg, "measuring"):
+        add_up(seen, result)
+        if seen["images"] % 1000 == 0:
             with contextlib.suppress(OSError):
-                write_aside(file, json.dumps(state))
+                write_aside(file, json.dumps(seen))
     file.unlink(missing_ok=True)
-    report_stats(n, mean, square, sides, dtypes, state["damaged"], options.to or "damaged.txt")
+    report_stats(seen, options.to or "damaged.txt")
 
 
-def report_stats(n, mean, square, sides, dtypes, damaged, path):
+def add_up(seen, result):
+    """Add what measure() says of one image to what was seen before it."""
+    seen["images"] += 1
+    if "damaged" in result:
+        seen["damaged"].append(result["damaged"])
+        return
+    for key in ("mean", "square"):
+        seen[key] = (seen[key] + result[key]).tolist()
+    for key in ("side", "dtype"):
+        seen[key][result[key]] = seen[key].get(result[key], 0) + 1
+
+
+def report_stats(seen, path):
+    n, damaged = seen["images"], seen["damaged"]
     good = max(n - len(damaged), 1)
-    mean = mean / good
-    std = np.sqrt(np.maximum(square / good - mean**2, 0))
-    lengths = np.repeat([int(s) for s in sides], list(sides.values()))
-    print(f"images    {n:,}, {', '.join(f'{count:,} {dtype}' for dtype, count in dtypes.items())}")
+    mean, square = np.array(seen["mean"]) / good, np.array(seen["square"]) / good
+    std = np.sqrt(np.maximum(square - mean**2, 0))
+    lengths = np.repeat([int(side) for side in seen["side"]], list(seen["side"].values()))
+    kinds = ", ".join(f"{count:,} {dtype}" for dtype, count in seen["dtype"].items())
+    print(f"images    {n:,}, {kinds}")
     low, middle, high = np.quantile(lengths, (0, 0.5, 1)).astype(int)
     print(f"size      shorter side {low} to {high} px, median {middle}")
     print(f"channels  data.channels={len(mean)}")

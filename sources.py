@@ -235,8 +235,8 @@ def open_array(path):
     return Arrays(images, index.labels, index.classes, path.name)
 
 
-def open_files(root, channels, again=False):
-    """A folder, a list or shards. again: whatever is in the cache, search."""
+def open_files(root, channels, again=False, title=""):
+    """A folder, a list or shards. again: whatever is in the cache, search; title: as in `key=`."""
     path = Path(root)
     if path.is_dir():
         tars = sorted(path.glob("*.tar"))
@@ -252,7 +252,7 @@ def open_files(root, channels, again=False):
         index = index_list(path)
     else:
         kinds = " ".join((*LISTS, *ARRAYS, ".tar"))
-        raise UserError(f"{root}: no such folder or file; data.root is a folder or one of {kinds}")
+        raise UserError(f"{title}{root}: no such folder or file; give a folder or one of {kinds}")
     if not len(index.ends):
         where = "this folder or below" if path.is_dir() else "this file"
         raise UserError(f"{root}: no images in {where}; looked for {' '.join(EXTENSIONS)}")
@@ -268,17 +268,19 @@ def split_folder(root, split):
     return root
 
 
-def open_source(root, cfg, split="train", classes=None, again=False):
-    """The source of a data.root or data.val. classes: those whose numbers the labels shall be."""
+def open_source(root, cfg, split="train", classes=None, again=False, key="data.root"):
+    """The source that a key names. classes: those whose numbers the labels shall be."""
     root, channels = os.fspath(root), cfg.data.channels
     if not root:
-        raise UserError("data.root is empty: set it to a folder of images, or to synthetic")
+        raise UserError(f"{key} is empty: set it to a folder of images, or to synthetic")
     if root == "synthetic":
         source = open_synthetic(split)
     else:
         root = split_folder(root, split)
-        is_array = root.lower().endswith(ARRAYS)
-        source = open_array(Path(root)) if is_array else open_files(root, channels, again)
+        if root.lower().endswith(ARRAYS):
+            source = open_array(Path(root))
+        else:
+            source = open_files(root, channels, again, f"{key}=")
     if isinstance(source, Arrays) and source.images.shape[3] != channels:
         shape, found = source.images.shape, source.images.shape[3]
         fix = f"set data.channels={found}, with as many numbers in data.mean and data.std"

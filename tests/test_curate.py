@@ -184,7 +184,7 @@ BAD = [
     ([], "backbone= is missing"),
     (["backbone=/nowhere", "out=x"], "/nowhere: no such file"),
     (["backbone={b}"], "out= is missing"),
-    (["backbone={b}", "out={o}", "curated=/nowhere"], "curated: /nowhere: no such folder"),
+    (["backbone={b}", "out={o}", "curated=/nowhere"], "curated=/nowhere: no such folder"),
     (["backbone={b}", "out={o}", "kept=3"], "kept=3: unknown"),
     (["backbone={b}", "out={o}", "keep=many"], "keep must be a whole number, got many"),
     (["backbone={b}", "out={o}", "likeness=7"], "must be from 0 to 1"),

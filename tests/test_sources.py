@@ -123,7 +123,7 @@ def test_a_loop_of_links_ends(tmp_path):
 
 
 def test_a_missing_or_empty_folder_is_one_line(tmp_path):
-    with pytest.raises(UserError, match=r"no such folder or file; data\.root is a folder"):
+    with pytest.raises(UserError, match=r"data\.root=.*missing: no such folder or file; give a"):
         open_source(tmp_path / "missing", Config())
     with pytest.raises(UserError, match=r"no images in this folder or below; looked for \.jpg"):
         open_source(tmp_path, Config())

@@ -6,6 +6,7 @@ Runs are processes of their own. Equal means equal to the last bit: CPU, fp32, o
 """
 
 import math
+import os
 import random
 import signal
 import subprocess
@@ -211,7 +212,8 @@ BAD = [
     ("optim.lrr=1", "unknown key optim.lrr; did you mean optim.lr?"),
     ("steps=many", "steps must be a whole number, got many"),
     ("crops.global_size=17", "crops.global_size=17 is not a multiple of vit.patch=8: use 16"),
-    ("data.root=/nowhere", "/nowhere: no such folder"),
+    ("data.root=/nowhere", "data.root=/nowhere: no such folder"),
+    ("data.val=/nowhere", "data.val=/nowhere: no such folder"),
     ("data.root={tmp}", "no images"),
     ("batch=1000", "30 images are fewer than batch=1000: use batch=30 or less"),
     ("out={file}/run", "cannot be written"),
@@ -236,6 +238,12 @@ def test_bad_input_is_one_line_with_the_fix(tmp_path, photos, capsys, handlers, 
     empty.mkdir()
     words = [word.format(tmp=empty, file=file) for word in words.split()]
     assert expected in refused(capsys, *tiny(tmp_path / "run", photos, *words))
+
+
+def test_more_workers_than_cores_are_no_reason_for_a_warning(tmp_path, photos):
+    workers = f"data.workers={os.cpu_count() + 1}"
+    done = run(tmp_path, tiny(tmp_path / "run", photos, workers, "steps=1", "log.knn_every=0"))
+    assert done.code == 0 and done.err == ""
 
 
 def test_a_number_may_be_written_1e_6(tmp_path, photos):
