@@ -19,8 +19,8 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-import curves
 import dinov2
+import history
 from config import UserError, dump, to_dict, writing
 from optim import scaled_lr
 from parallel import dtype_of, lists_of_ranks, multiplies_bf16, sum_over_ranks
@@ -54,7 +54,7 @@ class Reporter:
         """The log up to the checkpoint, of which it may be ahead; remembers some of it."""
         lines = []
         with contextlib.suppress(UserError):  # no log yet, or a kill before its first line was out
-            lines = curves.read_log(self.out / "log.jsonl")
+            lines = history.read_log(self.out / "log.jsonl")
         lines = [line for line in lines if belongs_before(line, start)]
         for line in lines:
             self.seconds_before = max(self.seconds_before, line.get("seconds", 0.0))

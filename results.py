@@ -15,13 +15,13 @@ from pathlib import Path
 
 import torch
 
-import curves
 import data
 import dinov2
 import eval_knn
+import history
 import sheets
 from augment import colour
-from frames import keep_frame, spread_images
+from history import keep_frame, spread_images
 from parallel import materialize
 from patches import anywhere, patch_features, pca_colours
 from weights import load_backbone
@@ -75,7 +75,7 @@ def final_report(report, backbone, source, held_out, cfg, device):
     }
     summary |= {name: value for name, value in report.floors.items() if name not in summary}
     if cfg.log.pictures:
-        curves.draw(report.out)
+        history.draw_curves(report.out)
         draw_pca(source, cfg, report.out / "pca.png")
     report.summary(summary)
     text = f"done: {summary['images']:,} images in {seconds:.0f} s"

@@ -32,7 +32,7 @@ import data
 from augment import colour
 from checkpoint import Checkpoints, checkpoints
 from dinov2 import build_centers, build_network, ema_update, objective
-from frames import keep_frame
+from history import keep_frame
 from optim import clip_each_part, compress, param_groups, schedules, set_schedule
 from parallel import (
     dtype_of,

@@ -35,9 +35,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-import curves
 import eval_knn
-import frames
+import history
 import matching
 import sheets
 from command import report_errors
@@ -331,7 +330,7 @@ def main(argv):
     command, run, files, o = parse(argv)
     name = NAMES.get(command, f"{command}.png")
     path = Path(o.out) if o.out else Path(run if Path(run).is_dir() else "", name)
-    of_run = {"curves": curves.draw, "animation": frames.animate}
+    of_run = {"curves": history.draw_curves, "animation": history.animate}
     of_network = {"pca": pca, "attention": attention, "match": match, "neighbours": neighbours}
     if command in of_run:
         where = of_run[command](run, path)

@@ -25,7 +25,7 @@ import command
 import config
 import plot
 import synthetic
-from curves import read_log, series
+from history import read_log, series
 
 ROOT = Path(__file__).resolve().parent.parent
 

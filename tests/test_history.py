@@ -1,6 +1,6 @@
 """Proves that the curves show every series of a log, also of one that is cut off.
 
-Run: pytest tests/test_curves.py
+Run: pytest tests/test_history.py
 """
 
 import json
@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import curves
+import history
 import plot
 from config import UserError
 
 
 def write_log(folder, steps=30, **more):
-    keys = [key for key, _, _ in curves.LOSSES + curves.HEALTH]
+    keys = [key for key, _, _ in history.LOSSES + history.HEALTH]
     rows = [{"step": s, "images": 8 * s, **{k: i + 1 / (s + 1) for i, k in enumerate(keys)}}
             for s in range(steps)]  # fmt: skip
     rows += [{"step": 0, "knn": 10}, {"step": steps - 1, "knn": 50.0}, more or {"step": 0}]
@@ -30,19 +30,19 @@ def count(image, colour, box):
 
 def test_curves_draw_every_series_of_the_log(tmp_path):
     write_log(tmp_path, knn_random=20, knn_pixels=30, step=0)
-    image = Image.open(curves.draw(tmp_path))
+    image = Image.open(history.draw_curves(tmp_path))
     assert image.size == (1200, 700)
-    for _, name, colour in curves.LOSSES:  # 135: below the legend
+    for _, name, colour in history.LOSSES:  # 135: below the legend
         assert count(image, colour, (72, 135, 585, 405)) > 50, name
-    for _, name, colour in curves.KNN:
+    for _, name, colour in history.KNN:
         assert count(image, colour, (657, 135, 1170, 405)) > 50, name
-    for i, (_, name, colour) in enumerate(curves.HEALTH):
+    for i, (_, name, colour) in enumerate(history.HEALTH):
         assert count(image, colour, (round(30 + 292.5 * i), 500, round(292 + 292.5 * i), 646)), name
 
 
 def test_curves_need_nothing_but_a_first_line(tmp_path):
     (tmp_path / "log.jsonl").write_text('{"step": 0, "loss": 7.5}\n')
-    assert Image.open(curves.draw(tmp_path)).size == (1200, 460)
+    assert Image.open(history.draw_curves(tmp_path)).size == (1200, 460)
 
 
 def test_a_log_may_be_cut_off_repeat_steps_and_hold_bad_numbers(tmp_path):
@@ -50,14 +50,14 @@ def test_a_log_may_be_cut_off_repeat_steps_and_hold_bad_numbers(tmp_path):
         '{"step": 0, "a": 1}\n{"step": 2, "a": NaN}\n{"step": 1, "a": 5}\n{"step": 1, "a": 3}\n{"st'
     )
     (tmp_path / "log.jsonl").write_text(text)
-    rows = curves.read_log(tmp_path / "log.jsonl")
-    assert curves.series(rows, "a") == {0: 1, 1: 3}
+    rows = history.read_log(tmp_path / "log.jsonl")
+    assert history.series(rows, "a") == {0: 1, 1: 3}
 
 
 def test_floors_come_from_the_summary_when_the_log_has_none(tmp_path):
     write_log(tmp_path)
     (tmp_path / "summary.json").write_text('{"knn": 50, "knn_random": 15, "knn_pixels": null}')
-    lines = curves.knn_lines(tmp_path, curves.read_log(tmp_path / "log.jsonl"), 29)
+    lines = history.knn_lines(tmp_path, history.read_log(tmp_path / "log.jsonl"), 29)
     assert [line.name for line in lines] == ["DINOv2 50.0 %", "random network 15.0 %"]
     assert [line.dashed for line in lines] == [False, True]
 
@@ -95,4 +95,4 @@ def test_a_trend_follows_a_level_and_does_not_lag():
 def test_an_empty_log_gets_one_line(tmp_path):
     (tmp_path / "log.jsonl").write_text("")
     with pytest.raises(UserError, match="no line with a step yet"):
-        curves.draw(tmp_path)
+        history.draw_curves(tmp_path)
