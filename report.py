@@ -39,7 +39,7 @@ class Reporter:
         self.name = f"{name}: " if name else ""
         self.cfg, self.device, self.rank, self.world = cfg, device, rank, world
         self.out, self.images = Path(cfg.out), len(source)
-        self.met, self.bad, self.warned, self.writers = [], set(), set(), []
+        self.met, self.warned, self.writers = [], set(), []
         self.waited, self.last = 0.0, (start, time.time())
         self.seconds_before, self.floors = 0.0, {}
         lines = self.earlier_lines(start)
@@ -56,9 +56,9 @@ class Reporter:
         with contextlib.suppress(UserError):  # no log yet, or a kill before its first line was out
             lines = history.read_log(self.out / "log.jsonl")
         lines = [line for line in lines if belongs_before(line, start)]
+        self.bad = {line["skipped"] for line in lines if "skipped" in line}
         for line in lines:
             self.seconds_before = max(self.seconds_before, line.get("seconds", 0.0))
-            self.bad |= {line["skipped"]} if "skipped" in line else set()
             self.floors |= {name: line[name] for name in FLOORS if name in line}
         return lines
 

@@ -64,16 +64,8 @@ def final_report(report, backbone, source, held_out, cfg, device):
         return
     knn, seconds = headline(scores), report.seconds()
     report.evaluation(cfg.steps, {"knn": knn} if held_out else {})
-    summary = {
-        "knn": knn,
-        "knn_random": report.floors.get("knn_random"),
-        "knn_pixels": report.floors.get("knn_pixels"),
-        "images": cfg.steps * cfg.batch,
-        "seconds": seconds,
-        "steps": cfg.steps,
-        **scores,
-    }
-    summary |= {name: value for name, value in report.floors.items() if name not in summary}
+    summary = {"knn": knn, "knn_random": None, "knn_pixels": None, **report.floors, **scores}
+    summary |= {"images": cfg.steps * cfg.batch, "seconds": seconds, "steps": cfg.steps}
     if cfg.log.pictures:
         history.draw_curves(report.out)
         draw_pca(source, cfg, report.out / "pca.png")

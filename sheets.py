@@ -24,13 +24,13 @@ def crop_sheet(images, global_crops, local_crops, masks, mean, std, path):
 
     images        uint8 arrays (H, W, C), of any sizes
     global_crops  per image, its crops: normalised float tensors (C, S, S)
-    local_crops   the same; may be empty
-    masks         per image, per global crop: bool, True = hidden from the student, as a grid of
-                  patches or as one row of them; None = nothing is hidden
+    local_crops   the same, and there may be none
+    masks         per image, per global crop: its square grid of patches as one row of bool (N,),
+                  True = hidden from the student
     """
     side, gap, head, row = 160, 6, 32, 160 + 14
     half = (side - gap) // 2  # local crops lie in two rows, at half the size
-    n_global, n_local = len(global_crops[0]), len(local_crops[0]) if len(local_crops) else 0
+    n_global, n_local = len(global_crops[0]), len(local_crops[0])
     columns = (n_local + 1) // 2
     globals_at = 2 * gap + side
     locals_at = globals_at + n_global * (side + gap) + (2 * gap if columns else 0)
@@ -42,12 +42,11 @@ def crop_sheet(images, global_crops, local_crops, masks, mean, std, path):
     for i, image in enumerate(images):
         y = head + i * row
         paste(sheet, image, gap, y, side)
-        for j, crop in enumerate(global_crops[i]):
-            pixels = enlarge(denormalise(crop, mean, std), side)
-            if masks is not None and masks[i][j] is not None:
-                pixels = hide(pixels, as_grid(masks[i][j]))
+        for j, (crop, mask_N) in enumerate(zip(global_crops[i], masks[i], strict=True)):
+            grid = mask_N.numpy().reshape(math.isqrt(len(mask_N)), -1)
+            pixels = hide(enlarge(denormalise(crop, mean, std), side), grid)
             paste(sheet, pixels, globals_at + j * (side + gap), y, side)
-        for j, crop in enumerate(local_crops[i] if columns else []):
+        for j, crop in enumerate(local_crops[i]):
             x, below = locals_at + j % columns * (half + gap), j // columns * (half + gap)
             paste(sheet, denormalise(crop, mean, std), x, y + below, half)
     return write(sheet, path)
@@ -78,12 +77,6 @@ def hide(pixels, grid):
     stripe = (x + y) % 8 < 3
     dark = pixels * 0.22 + np.where(stripe, 92, 28)[:, :, None]
     return np.where(hidden[:, :, None], dark, pixels).astype(np.uint8)
-
-
-def as_grid(mask):
-    """A mask as a bool array (h, w); one row of patches is taken to be a square grid."""
-    mask = torch.as_tensor(mask).cpu().numpy()
-    return mask.reshape(math.isqrt(mask.size), -1) if mask.ndim == 1 else mask
 
 
 def picture(pixels):

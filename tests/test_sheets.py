@@ -45,9 +45,10 @@ def test_a_crop_sheet_takes_any_number_of_channels(tmp_path, channels):
     assert (sheet[40:190, 350:490] < 128).all()  # the hidden one
 
 
-def test_a_crop_sheet_works_without_local_crops_and_masks(tmp_path):
+def test_a_crop_sheet_works_without_local_crops(tmp_path):
     images, crops = [np.zeros((8, 8, 3), np.uint8)], torch.zeros(1, 2, 3, 8, 8)
-    path = sheets.crop_sheet(images, crops, [], None, MEAN, STD, tmp_path / "a.png")
+    masks = torch.zeros(1, 2, 4, dtype=torch.bool)
+    path = sheets.crop_sheet(images, crops, crops[:, :0], masks, MEAN, STD, tmp_path / "a.png")
     assert Image.open(path).size == (504, 206)
 
 
