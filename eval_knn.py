@@ -125,12 +125,12 @@ def labelled(features, labels):
 
 
 def evaluate(
-    backbone, sources, cfg, device, neighbours=None, per_class=(), tries=5, cache="", keep=None
+    backbone, sources, cfg, device, neighbours=(), per_class=(), tries=5, cache="", keep=""
 ):
     """k-NN accuracy in percent: {"knn_10": .., "knn_20": .., "knn_10_top5": .., ...}.
 
     sources     (labelled training images, test images)
-    neighbours  None: those of the official protocol of which there are so many training images
+    neighbours  (): those of the official protocol of which there are so many training images
     per_class   also few-shot with so many images of each class, and `tries` draws
     cache       folder that keeps the features;  keep="cpu": see extract_features
     Raises UserError if a class has no training image, or k is larger than their number.
@@ -187,28 +187,28 @@ Keys override the config of the run (a released network has crops.global_size=22
 """
 
 
+OPTIONS = {"k": "", "per_class": "", "tries": 5, "cache": "", "features": ""}
+
+
 def parse(words):
     """(arguments of evaluate, whether floors are asked for, overrides of the config)."""
-    options, overrides, floors = {}, [], False
-    for word in words:
-        key, _, text = word.partition("=")
-        if word == "--floors":
-            floors = True
-        elif key in ("k", "per_class", "tries"):
-            numbers = text.split(",")
-            if not all(n.isdecimal() and int(n) for n in numbers):
-                raise UserError(f"{word}: write whole numbers above 0, as in {key}=5")
-            numbers = [int(n) for n in numbers]
-            options[{"k": "neighbours"}.get(key, key)] = numbers[0] if key == "tries" else numbers
-        elif key == "cache":
-            options["cache"] = text
-        elif key == "features":
-            if text != "cpu":
-                raise UserError(f"{word}: write features=cpu, or leave it out")
-            options["keep"] = text
-        else:
-            overrides.append(word)
+    floors = "--floors" in words
+    o, overrides = command.take_options([w for w in words if w != "--floors"], OPTIONS)
+    if o.features not in ("", "cpu"):
+        raise UserError(f"features={o.features}: write features=cpu, or leave it out")
+    if o.tries < 1:
+        raise UserError(f"tries={o.tries}: write a number above 0")
+    options = {"neighbours": numbers("k", o.k), "per_class": numbers("per_class", o.per_class)}
+    options |= {"tries": o.tries, "cache": o.cache, "keep": o.features}
     return options, floors, overrides
+
+
+def numbers(key, text):
+    """The numbers of `1,5`; none of an option that was not given."""
+    words = text.split(",") if text else []
+    if not all(n.isdecimal() and int(n) for n in words):
+        raise UserError(f"{key}={text}: write whole numbers above 0, as in {key}=5")
+    return [int(n) for n in words]
 
 
 def settle(cfg, overrides, backbone, run):

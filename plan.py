@@ -263,7 +263,7 @@ def plan_step(cfg, world):
             {name: sum(p.numel() for p in m.parameters()) for name, m in student.named_children()},
             cfg.batch // world,
             student=size(student.parameters()),
-            gradients=size(student.parameters()),
+            gradients=size(p for p in student.parameters() if p.requires_grad),
             moments=size(x for state in optimizer.state.values() for x in state.values()),
             teacher=size(teacher.parameters()),
             peak=peak,

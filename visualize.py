@@ -29,7 +29,6 @@ Words after these, as key=value:
 
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -39,7 +38,7 @@ import eval_knn
 import history
 import matching
 import sheets
-from command import report_errors
+from command import report_errors, take_options
 from config import UserError, writing
 from data import Part, evaluation_images, open_source
 from parallel import pick_device
@@ -289,37 +288,22 @@ WORDS = {  # what follows the command, and how many words that may be
 
 def parse(argv):
     """(command, run, image files, options) from the words of the command line."""
-    command, rest = argv[0], argv[1:]
+    command, *words = argv
     if command not in OPTIONS:
         raise UserError(f"{command}: unknown picture; use one of {', '.join(OPTIONS)}")
-    o, files = SimpleNamespace(**OPTIONS[command]), []
-    for word in rest:
-        key, equals, value = word.partition("=")
-        if not equals or Path(word).exists():
-            files.append(word)
-            continue
-        if key not in OPTIONS[command]:
+    o, files = take_options(words, OPTIONS[command])
+    for word in files:
+        if "=" in word and not Path(word).exists():
             raise UserError(f"{word}: {command} takes {', '.join(OPTIONS[command])}")
-        setattr(o, key, converted(word, value, OPTIONS[command][key]))
-    words, least, most = WORDS[command]
+    for key, value in vars(o).items():
+        if value < LEAST.get(key, value):
+            raise UserError(f"{key}={value}: must be {LEAST[key]} or more")
+    if getattr(o, "weight", 0) > 1:
+        raise UserError(f"weight={o.weight}: must be at most 1")
+    usage, least, most = WORDS[command]
     if not least <= len(files) <= most:
-        raise UserError(f"write `python visualize.py {command} {words}`; --help says more")
+        raise UserError(f"write `python visualize.py {command} {usage}`; --help says more")
     return command, files[0], files[1:], o
-
-
-def converted(word, value, default):
-    """The value of an option as what its default is."""
-    try:
-        if isinstance(default, bool):
-            return {"true": True, "false": False}[value.lower()]
-        value = type(default)(value)
-    except (ValueError, KeyError):
-        kind = {bool: "true or false", int: "a whole number", float: "a number"}[type(default)]
-        raise UserError(f"{word}: must be {kind}") from None
-    key = word.partition("=")[0]
-    if (key in LEAST and not value >= LEAST[key]) or (key == "weight" and value > 1):
-        raise UserError(f"{word}: must be {LEAST[key]} or more{', at most 1' * (key == 'weight')}")
-    return value
 
 
 @report_errors

@@ -338,7 +338,7 @@ BAD = [
     (["/nowhere"], "/nowhere: no such file"),
     (["{run}", "k=10,61"], "k=61 neighbours, but only 60 training images: lower k"),
     (["{run}", "k=ten"], "k=ten: write whole numbers above 0"),
-    (["{run}", "tries=0"], "tries=0: write whole numbers above 0"),
+    (["{run}", "tries=0"], "tries=0: write a number above 0"),
     (["{run}", "features=gpu"], "write features=cpu, or leave it out"),
     (["{run}", "--floor"], "unknown option --floor"),
     (["{run}", "vit.size=large"], "vit.size=large, but {run} has nano: leave the key out"),
