@@ -230,14 +230,11 @@ def read(path):
     """Load a file of tensors and plain values to the CPU, or raise UserError saying why not."""
     try:
         with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()  # torch.load does not look at the checksums
-        if damaged:
-            raise UserError(f"{path}: damaged (checksum of {damaged})")
+            if damaged := archive.testzip():  # torch.load does not look at the checksums
+                raise ValueError(f"checksum of {damaged}")
         return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
-    except UserError:
-        raise
     # A damaged archive raises anything, from BadZipFile to UnpicklingError and RuntimeError.
     except Exception as error:
         raise UserError(f"{path}: cannot be read ({reason(error)})") from None

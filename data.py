@@ -238,9 +238,13 @@ def evaluation_images(cfg):
     train = open_source(root, cfg, "train")
     if not train.classes:
         return None
-    return train, open_source(
-        val or root, cfg, "test", train.classes, key="data.val" if val else "data.root"
-    )
+    return train, open_held_out(cfg, train.classes)
+
+
+def open_held_out(cfg, classes=None):
+    """The images to classify: those of data.val, or else of val/ or test/ in data.root."""
+    root, key = (cfg.data.val, "data.val") if cfg.data.val else (cfg.data.root, "data.root")
+    return open_source(root, cfg, "test", classes, key=key)
 
 
 def centre_crop(image, size):

@@ -234,7 +234,6 @@ def settle(cfg, overrides, backbone, run):
 def labelled_sources(cfg):
     sources = data.evaluation_images(cfg)
     if sources is None:
-        data.open_source(cfg.data.root, cfg)  # if it is missing, it says so itself
         raise UserError(
             f"data.root={cfg.data.root}: no labelled train and test images; set data.val"
         )

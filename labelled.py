@@ -62,7 +62,6 @@ def labelled_images(cfg, table="", columns=""):
 
 
 def missing_labels(cfg):
-    open_source(cfg.data.root, cfg)  # if it is missing, it says so itself
     raise UserError(
         f"data.root={cfg.data.root}: no labelled train and test images; set data.val or labels="
     )
@@ -73,7 +72,7 @@ def divided(cfg):
     root, val = cfg.data.root, cfg.data.val
     train = open_source(root, cfg, "train")
     if val or split_folder(root, "train") != split_folder(root, "test"):
-        return train, open_source(val or root, cfg, "test", key="data.val" if val else "data.root")
+        return train, data.open_held_out(cfg)
     return (
         Part(train, [i for i in range(len(train)) if i % 10]),
         Part(train, range(0, len(train), 10)),

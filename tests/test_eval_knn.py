@@ -175,7 +175,7 @@ def test_a_training_network_stays_one():
 
 
 def test_k_is_what_was_asked_for_or_what_is_possible():
-    assert evaluate([0, 1, 2], [0], k=None).keys() == {"knn_3", "knn_3_top5"}
+    assert evaluate([0, 1, 2], [0], k=()).keys() == {"knn_3", "knn_3_top5"}
     with pytest.raises(UserError, match="k=4 neighbours, but only 3 training images: lower k"):
         evaluate([0, 1, 2], [0], k=(1, 4))
 
