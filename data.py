@@ -151,11 +151,6 @@ def start_worker(_):
 
 def loader(cfg, source, start_step=0, rank=0, world=1):
     """Iterator over the Batches of steps start_step, start_step + 1, ... up to cfg.steps."""
-    if cfg.batch % world:
-        fix = max(cfg.batch // world, 1) * world
-        raise UserError(
-            f"batch={cfg.batch} does not divide into {world} processes: try batch={fix}"
-        )
     if len(source) < cfg.batch:
         raise UserError(
             f"{len(source)} images are fewer than batch={cfg.batch}: "
