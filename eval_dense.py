@@ -31,11 +31,11 @@ import data
 import synthetic
 from config import UserError
 from eval_knn import knn_probabilities
+from features import untrained
 from index import PICTURES
 from logistic import logistic_path, penalties
 from parallel import dtype_of, pick_device
 from sources import read_image
-from vit import assign
 from weights import load_backbone
 
 IGNORED = 255
@@ -279,7 +279,7 @@ def main(argv):
     config.check(cfg)
     device = pick_device(cfg.device)
     if o.random:
-        assign(backbone, backbone.initial_values(torch.Generator().manual_seed(o.seed)))
+        backbone = untrained(backbone, o.seed)
     backbone.to(device)
     counts, chosen = evaluate(
         lambda image: patch_tokens(backbone, image, o.size, cfg, device), folder, o

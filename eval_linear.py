@@ -35,12 +35,12 @@ import data
 import labelled
 from classifier import BLOCKS, Classifier, Head, extract, features, tokens
 from config import UserError
+from features import untrained
 from index import warn
 from labelled import augmented_batches
 from logistic import logistic_path, penalties
 from parallel import dtype_of, process_group, ranks
 from probe import Candidates, Probe, accuracies
-from vit import assign
 from weights import load_backbone
 
 
@@ -259,7 +259,7 @@ def prepare(run, words):
     if o.finetune > backbone.depth:
         raise UserError(f"finetune={o.finetune}, but the backbone has {backbone.depth} blocks")
     if o.random:
-        assign(backbone, backbone.initial_values(torch.Generator().manual_seed(o.seed)))
+        backbone = untrained(backbone, o.seed)
     return backbone, cfg, o
 
 

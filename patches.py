@@ -27,13 +27,6 @@ FINE = 24  # rows and columns that a map has at least, if need be by shifts
 WINDOW = 64  # patches a side that are read in one pass, unless a window is asked for
 
 
-def anywhere(net):
-    """The network with attention that runs on any device in fp32, however it was trained."""
-    for block in net.blocks:
-        block.attn.backend = "auto"
-    return net
-
-
 # ---- reading an image ---------------------------------------------------------------------------
 
 

@@ -13,17 +13,14 @@ import contextlib
 import json
 from pathlib import Path
 
-import torch
-
 import data
-import dinov2
 import eval_knn
 import history
 import sheets
 from augment import colour
+from features import untrained
 from history import keep_frame, spread_images
-from parallel import materialize
-from patches import anywhere, patch_features, pca_colours
+from patches import patch_features, pca_colours
 from weights import load_backbone
 
 K_REPORTED = 20  # the `knn` of log and summary; the other k are in the summary
@@ -109,13 +106,11 @@ def draw_crops(source, cfg, path):
 
 def draw_pca(source, cfg, path):
     """PCA colours of images spread over a source, by the network before and after training."""
-    with torch.device("meta"):
-        untrained = dinov2.build_network(cfg, student=False)
-    materialize(untrained, "cpu", cfg.seed)
-    networks = {"untrained network": untrained.backbone.eval(), "trained": load_backbone(cfg.out)}
+    trained = load_backbone(cfg.out)
+    networks = {"untrained network": untrained(trained, cfg.seed), "trained": trained}
     images = spread_images(source, 8)
     rows = [("images", images, None)]
     for name, net in networks.items():
-        features = [patch_features(anywhere(net), i, cfg.data.mean, cfg.data.std) for i in images]
+        features = [patch_features(net, i, cfg.data.mean, cfg.data.std) for i in images]
         rows.append((f"PCA of patch features, {name}", pca_colours(features), None))
     sheets.bands(rows, path)

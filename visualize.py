@@ -42,7 +42,7 @@ from command import report_errors, take_options
 from config import UserError, writing
 from data import Part, evaluation_images, open_source
 from parallel import pick_device
-from patches import anywhere, attention_maps, foreground, patch_features, pca_colours
+from patches import attention_maps, foreground, patch_features, pca_colours
 from sources import decode, read_or_next
 from weights import load_backbone
 
@@ -67,7 +67,7 @@ class Network:
 
     def __init__(self, run):
         net, self.cfg = load_backbone(run, with_config=True)
-        self.net = anywhere(net).to(pick_device(self.cfg.device))
+        self.net = net.to(pick_device(self.cfg.device))
         self.norm = self.cfg.data.mean, self.cfg.data.std
 
     def read(self, file):
