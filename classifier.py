@@ -280,8 +280,7 @@ def predict(argv):
         raise UserError("FOLDER is missing: write eval_linear.py predict CLASSIFIER FOLDER")
     o, overrides = command.take_options(words[1:], {"out": "labels.csv"})
     classifier, cfg = load(path, with_config=True)
-    for word in overrides:
-        config.override(cfg, word)
+    config.override(cfg, overrides)
     config.check(cfg)
     device = pick_device(cfg.device)
     source = open_files(words[0], cfg.data.channels)

@@ -211,8 +211,7 @@ def load(path, overrides=()):
         reason = getattr(error, "problem", None) or "it is not plain text"
         raise UserError(f"{path}{line}: not valid yaml ({reason}); compare config.yaml") from None
     cfg = from_dict({} if given is None else given, path)
-    for word in overrides:
-        override(cfg, word)
+    override(cfg, overrides)
     check(cfg)
     return cfg
 
@@ -234,14 +233,19 @@ def from_dict(given, source="config"):
     return cfg
 
 
-def override(cfg, word):
-    """Apply one `key=value` from the command line; the value is read as yaml."""
-    key, equals, text = word.partition("=")
-    if word.startswith("-"):
-        raise UserError(f"unknown option {word}: keys have no dashes, as in optim.lr=1e-3 (--help)")
-    if not equals or not key:
-        raise UserError(f"cannot read {word!r}: write key=value without spaces, as in steps=100")
-    assign(cfg, key, parsed(text, type_of(key)), f"override {word}")
+def override(cfg, words):
+    """Apply `key=value` words of a command line, in order; the values are read as yaml."""
+    for word in words:
+        key, equals, text = word.partition("=")
+        if word.startswith("-"):
+            raise UserError(
+                f"unknown option {word}: keys have no dashes, as in optim.lr=1e-3 (--help)"
+            )
+        if not equals or not key:
+            raise UserError(
+                f"cannot read {word!r}: write key=value without spaces, as in steps=100"
+            )
+        assign(cfg, key, parsed(text, type_of(key)), f"override {word}")
 
 
 def parsed(text, kind):

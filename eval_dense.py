@@ -274,8 +274,7 @@ def main(argv):
         if getattr(o, key) < 1:
             raise UserError(f"{key}={getattr(o, key)} must be at least 1")
     backbone, cfg = load_backbone(run, with_config=True)
-    for word in words:
-        config.override(cfg, word)
+    config.override(cfg, words)
     config.check(cfg)
     device = pick_device(cfg.device)
     if o.random:

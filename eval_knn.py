@@ -214,8 +214,7 @@ def numbers(key, text):
 def settle(cfg, overrides, backbone, run):
     """Apply the overrides, and refuse those that the backbone cannot follow."""
     before = config.to_dict(cfg)["vit"]
-    for word in overrides:
-        config.override(cfg, word)
+    config.override(cfg, overrides)
     config.check(cfg)
     for key, value in config.to_dict(cfg)["vit"].items():
         if value != before[key]:

@@ -244,8 +244,7 @@ def prepare(run, words):
     """(backbone, Config, options) of a command line, checked."""
     o, words = command.take_options(words, OPTIONS)
     backbone, cfg = load_backbone(run, with_config=True)
-    for word in words:
-        config.override(cfg, word)
+    config.override(cfg, words)
     # What else the config of a training run says of its steps and processes is of no use here.
     cfg.batch, cfg.accumulate = o.batch, 1
     cfg.parallel = "ddp" if "RANK" in os.environ else "none"

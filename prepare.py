@@ -45,8 +45,7 @@ def parse(argv):
     cfg = config.Config(batch=8)
     cfg.data.workers = min(cfg.data.workers, os.cpu_count() or 1)
     cfg.data.root = source
-    for word in overrides:
-        config.override(cfg, word)
+    config.override(cfg, overrides)
     if len(cfg.data.mean) != cfg.data.channels:  # they are what `stats` is about to find out
         cfg.data.mean = cfg.data.std = (0.5,) * cfg.data.channels
     config.check(cfg)
