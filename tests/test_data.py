@@ -3,8 +3,10 @@
 Run: pytest tests/test_data.py        (seconds; all images are random)
 """
 
+import multiprocessing
 import pathlib
 import random
+import sys
 
 import numpy as np
 import pytest
@@ -83,6 +85,18 @@ def test_workers_change_nothing():
     cfg.data.workers = 2
     assert_equal(list(loader(cfg, source)), alone)
     assert len(alone) == cfg.steps
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere forking is not safe")
+def test_workers_are_forked_whatever_python_does_by_default():
+    source, method = tiny_source(), multiprocessing.get_start_method()
+    source.extra = lambda: "what cannot be sent to a process that starts afresh"
+    multiprocessing.set_start_method("forkserver", force=True)
+    try:
+        batches = list(loader(tiny_config(workers=1), source))
+    finally:
+        multiprocessing.set_start_method(method, force=True)
+    assert_equal(batches, list(loader(tiny_config(), source)))
 
 
 @pytest.mark.parametrize("world", [2, 4])
