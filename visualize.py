@@ -296,7 +296,7 @@ def parse(argv):
         if "=" in word and not Path(word).exists():
             raise UserError(f"{word}: {command} takes {', '.join(OPTIONS[command])}")
     for key, value in vars(o).items():
-        if value < LEAST.get(key, value):
+        if value != OPTIONS[command][key] and value < LEAST.get(key, value):
             raise UserError(f"{key}={value}: must be {LEAST[key]} or more")
     if getattr(o, "weight", 0) > 1:
         raise UserError(f"weight={o.weight}: must be at most 1")
