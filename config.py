@@ -16,6 +16,7 @@ import math
 import re
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
+from typing import get_origin
 
 import yaml
 
@@ -309,12 +310,10 @@ def convert(value, kind, key, source):
         return float(value)
     if kind in (int, bool, str) and type(value) is kind:
         return value
-    of_length = isinstance(value, (list, tuple)) and (
-        kind in (Floats, Words) or len(value) == len(getattr(kind, "__args__", ()))
-    )
-    if of_length and kind in (Pair, Triple, Floats, Words):
-        each = kind.__args__[0]
-        return tuple(convert(v, each, f"{key}[{i}]", source) for i, v in enumerate(value))
+    if get_origin(kind) is tuple and isinstance(value, (list, tuple)):
+        each, *others = kind.__args__
+        if others == [...] or len(value) == 1 + len(others):
+            return tuple(convert(v, each, f"{key}[{i}]", source) for i, v in enumerate(value))
     raise UserError(f"{source}: {key} must be {EXPECTED[kind]}, got {shown(value)}")
 
 
