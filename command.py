@@ -1,8 +1,12 @@
 """The command line of every program: `key=value` words, --help, errors in one line.
 
-path, words = main_arguments(argv, USAGE)           CONFIG or RUN, and words; or the help
-options, words = take_options(words, {"k": 20})     options of the program; keys of the config
-@report_errors def main(argv)                       a UserError becomes one line and exit code 2
+    @report_errors                                      a UserError: one line, and exit code 2
+    def main(argv):
+        path, words = main_arguments(argv, USAGE)       CONFIG or RUN, and the words behind; or help
+        o, words = take_options(words, {"k": 20})       the program's own options, and the others
+        cfg = config.load(path, words)                  which are keys of the config
+
+Programs that read no config print their own docstring as help.
 """
 
 import functools
@@ -26,8 +30,7 @@ def main_arguments(argv, usage):
 
 def help_text(usage):
     """What --help prints: usage, examples, and every key with its default and comment."""
-    lines = [usage.strip("\n"), "A key that the yaml does not mention has the default below."]
-    section = None
+    lines, section = [usage.strip("\n")], None
     for key, comment in documented():
         if key and key.rpartition(".")[0] != section:
             section = key.rpartition(".")[0]

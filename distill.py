@@ -46,6 +46,7 @@ Trains small students to say what a large, frozen teacher says. RUN is a run fol
   torchrun distill.py configs/distill.yaml distill.teacher=dinov2_vitg14 head_steps=10000
 The last one has no heads: 10,000 steps first train some on its frozen backbone, in out/heads.
 The same command again continues an interrupted run. Everything is written below `out`.
+A key that the yaml does not mention has the default below.
 """
 
 

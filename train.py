@@ -9,7 +9,8 @@ usage: torchrun train.py CONFIG.yaml [key=value ...]              or python trai
     torchrun --nproc_per_node=8 train.py config.yaml parallel=fsdp
 
 The same command again continues an interrupted run, to the same end as if nothing had happened.
-The method is in dinov2.py, its numbers are in config.yaml; `python train.py --help` explains each.
+The method is in dinov2.py, its numbers are in config.yaml; `python train.py --help` explains each,
+and shows its default, which a key has that the yaml does not mention.
 
     RUN/log.jsonl      one object a line: step, images, loss, its terms, health signs, knn, ...
     RUN/summary.json   at the end: knn, knn_random, knn_pixels, images, seconds
