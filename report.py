@@ -9,7 +9,6 @@ import importlib
 import json
 import math
 import os
-import platform
 import shutil
 import sys
 import textwrap
@@ -23,7 +22,14 @@ import dinov2
 import history
 from config import UserError, dump, to_dict, writing
 from optim import scaled_lr
-from parallel import dtype_of, lists_of_ranks, multiplies_bf16, sum_over_ranks
+from parallel import (
+    device_name,
+    dtype_of,
+    lists_of_ranks,
+    multiplies_bf16,
+    peak_memory,
+    sum_over_ranks,
+)
 from results import FLOORS, draw_crops
 
 NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
@@ -101,7 +107,7 @@ class Reporter:
             **now._asdict(),
             "images_per_second": (done - before) * self.cfg.batch / passed,
             "data_wait": self.waited / passed,
-            "memory_gb": memory(self.device),
+            "memory_gb": peak_memory(self.device),
             "seconds": self.seconds(),
         }
         self.waited, self.last = 0.0, (done, time.time())
@@ -316,25 +322,6 @@ def start_card(cfg, source, held_out, student, device, world, start):
         width, subsequent_indent=" " * 11, break_long_words=False, break_on_hyphens=False
     )
     return "\n".join([title] + [layout.fill(f"  {k:<9}{text}") for k, text in rows.items()])
-
-
-def device_name(device):
-    """The product behind a torch.device."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{platform.machine()}, {torch.get_num_threads()} threads"
-
-
-def memory(device):
-    """Peak memory so far in GB: of the GPU, or of this process where there is none."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    try:
-        import resource
-    except ImportError:  # Windows
-        return 0.0
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
 
 def open_writers(cfg, start):
