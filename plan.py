@@ -346,12 +346,15 @@ from the memory that this took.
 def main(argv):
     path, words = config.main_arguments(argv, USAGE)
     own = {"gpus": os.environ.get("WORLD_SIZE", "1"), "gpu": "a100", "mfu": "0.35"}
-    own |= dict(word.split("=", 1) for word in words if word.split("=")[0] in own)
-    cfg = config.load(path, [word for word in words if word.split("=")[0] not in own])
+    mine = [word for word in words if "=" in word and word.split("=")[0] in own]
+    own |= dict(word.split("=", 1) for word in mine)
+    cfg = config.load(path, [word for word in words if word not in mine])
     cfg.attention, cfg.compile = "sdpa", False
     if cfg.precision == "auto" and "RANK" not in os.environ:
         cfg.precision = "bf16"  # what it is on these GPUs
     world, mfu = number("gpus", own["gpus"], int), number("mfu", own["mfu"], float)
+    if mfu > 1:
+        raise UserError(f"mfu={mfu:g} is a share of the peak rate, from 0 to 1: 45 % is mfu=0.45")
     if own["gpu"] not in GPUS:
         raise UserError(f"gpu={own['gpu']} is unknown: use one of {', '.join(GPUS)}")
     real = None

@@ -151,6 +151,7 @@ def desk(tmp_path_factory, photos):
     for name in ("configs", "config.yaml"):
         (folder / name).symlink_to(ROOT / name)
     words = tiny(folder / "runs" / "default", photos, "steps=2", "crops.global_size=32")
+    words += ["log.pictures=true"]
     done = run(folder / "log", words)
     assert done.code == 0, done.err
     return folder
