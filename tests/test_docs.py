@@ -251,6 +251,7 @@ def test_a_command_runs(line, desk, photos, tmp_path, monkeypatch):
     _, program, words = split(line)
     photo = str(next(photos.rglob("*.png")))
     ours = {"/photos": str(photos), "photo.jpg": photo, "init_from=FILE": "init_from=runs/default"}
+    ours |= {"curated=/good": f"curated={photos}/train", "data.root=chosen/list.txt": "seed=0"}
     ours |= {"to=/shards": f"to={tmp_path / 'made'}", "head_steps=1000": "head_steps=1"}
     words = [ours.get(word, word).replace("docs/", f"{ROOT}/docs/") for word in words]
     if "--help" not in words:
