@@ -123,6 +123,13 @@ def test_a_command_about_data_runs(tmp_path, photos, words):
     assert done.code == 0, done.err
 
 
+def test_every_command_in_a_block_belongs_to_a_program_whose_commands_run():
+    programs = {w for line in code_lines(README) for w in line.split() if w.endswith(".py")}
+    here = {"train.py", "distill.py", "eval_knn.py", "visualize.py", "data.py"}
+    beside_their_program = {"eval_linear.py", "eval_dense.py", "export.py"}
+    assert programs == here | beside_their_program
+
+
 def test_files_that_are_named_exist():
     named = set(re.findall(r"`([\w./-]+\.(?:py|yaml|txt|toml))`", README))
     assert not [name for name in sorted(named) if not (ROOT / name).exists()]
