@@ -16,6 +16,7 @@ Shapes:  B images   D width of the backbone   F = (blocks + 1) * D features   K 
 
 import csv
 import math
+import os
 from typing import NamedTuple
 
 import torch
@@ -223,7 +224,7 @@ def architecture(backbone):
 
 def load(path, with_config=False):
     """The Classifier of a file, in eval mode; with_config: and the Config of its images."""
-    found = checkpoint.read(path)
+    found = {} if os.path.isdir(path) else checkpoint.read(path)
     if not isinstance(found, dict) or found.get("kind") != KIND:
         raise UserError(f"{path}: not a classifier; eval_linear.py RUN save=FILE writes one")
     cfg = config.from_dict(found["config"], str(path))

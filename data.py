@@ -214,6 +214,11 @@ class Part:
         return self.source.name(self.indices[i])
 
 
+# Names of folders that, side by side, would pass for classes: k-NN would then tell training images
+# from test images. (train/ beside val/ or test/ never comes so far.)
+SPLITS = {"train", "training", "val", "valid", "validation", "dev", "test", "testing", "unlabeled"}
+
+
 def evaluation_images(cfg):
     """(images with known labels, images to classify), or None if there are no labels.
 
@@ -225,6 +230,12 @@ def evaluation_images(cfg):
         return open_source(root, cfg, "train"), open_source(root, cfg, "test")
     if not val and split_folder(root, "train") == split_folder(root, "test"):
         source = open_source(root, cfg, "train")
+        if len(source.classes) > 1 and SPLITS.issuperset(map(str.lower, source.classes)):
+            parts = " and ".join(source.classes)
+            raise UserError(
+                f"{root}: {parts} are parts of a data set, not classes; name them train and val, "
+                "or set data.root= to one and data.val= to the other"
+            )
         rest = [i for i in range(len(source)) if i % 10]
         known = {source.label(i) for i in rest}
         tenth = [i for i in range(0, len(source), 10) if source.label(i) in known]

@@ -136,6 +136,7 @@ def student_configs(cfg):
     """The Config of each student's run, after a check of what distillation asks of a config."""
     if not cfg.distill.teacher:
         raise UserError("distill.teacher is empty: set it to the run folder of the teacher")
+    teacher_file(cfg.distill.teacher)  # a missing one is refused before images are looked for
     if cfg.loss.centering != "sinkhorn":
         raise UserError("loss.centering=softmax, but no centre follows a frozen teacher: "
                         "set loss.centering=sinkhorn")  # fmt: skip

@@ -149,6 +149,8 @@ def evaluate(
     backbone.train(training)
     classes, count = sources[0].classes, len(train[1])
     check_classes(train[1], test[1], classes)
+    if per_class and max(per_class) > (most := int(train[1].bincount().max())):
+        raise UserError(f"per_class={max(per_class)}, but no class has more than {most} images")
     k = neighbours or [k for k in NEIGHBOURS if k <= count] or [count]
     result = accuracies(train, test, len(classes), k, device)
     for n in per_class:

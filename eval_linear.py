@@ -234,6 +234,8 @@ def check_options(o, cfg):
             raise UserError(f"{key}={getattr(o, key)} must be at least 0")
     if not 0 < o.held_out < 1:
         raise UserError(f"held_out={o.held_out} must be above 0 and below 1")
+    if o.save and not os.access(Path(o.save).absolute().parent, os.W_OK):
+        raise UserError(f"save={o.save}: cannot be written; choose a folder that there is")
     if not o.iterations and not o.logistic:
         raise UserError("iterations=0 and logistic=0 leave nothing to do: set one above 0")
     if (o.finetune or o.neck) and cfg.precision == "fp16":

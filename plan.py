@@ -354,6 +354,8 @@ def main(argv):
     for key in ("gpus", "mfu"):
         if getattr(o, key) <= 0:
             raise UserError(f"{key}={getattr(o, key)} must be above 0")
+    if o.mfu > 1:
+        raise UserError(f"mfu={o.mfu:g} is a share of the peak rate, from 0 to 1: 45 % is mfu=0.45")
     if o.gpu not in GPUS:
         raise UserError(f"gpu={o.gpu} is unknown: use one of {', '.join(GPUS)}")
     real = None

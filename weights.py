@@ -166,7 +166,13 @@ def teacher_file(path):
     """The file that a run folder, a file or a released name stands for."""
     if str(path) in RELEASED and not Path(path).exists():
         return fetch(str(path))
-    return Path(path, "teacher.pt") if Path(path).is_dir() else Path(path)
+    file = Path(path, "teacher.pt") if Path(path).is_dir() else Path(path)
+    if not file.exists():
+        raise UserError(
+            f"{file}: no such file; give a run folder in which train.py left a teacher.pt, "
+            "a file of weights, or a released name such as dinov2_vits14"
+        )
+    return file
 
 
 def fetch(name):

@@ -228,7 +228,7 @@ def packing():
     page.text(
         330, 14, "stochastic depth 0.5, eight images: each branch draws its own four", 13, GREY
     )
-    generator = torch.Generator().manual_seed(1)
+    generator = torch.Generator().manual_seed(4)
     for branch in range(8):
         kept = set(torch.randperm(8, generator=generator)[:4].tolist())
         name = ("attention", "feed-forward")[branch % 2]

@@ -240,6 +240,15 @@ def test_without_held_out_images_every_tenth_is_classified_by_the_others(tmp_pat
     assert [queries.label(i) for i in range(2)] == [0, 1]
 
 
+def test_parts_of_a_data_set_do_not_pass_for_classes(tmp_path):
+    for name in ["train/cat", "Validation/cat"]:
+        write_images(tmp_path / name, count=10)
+    with pytest.raises(UserError, match="Validation and train are parts of a data set"):
+        evaluation_images(tiny_config(root=str(tmp_path)))
+    (tmp_path / "Validation").rename(tmp_path / "bus")  # a train may be a class, too
+    assert evaluation_images(tiny_config(root=str(tmp_path)))
+
+
 def test_a_folder_without_labels_has_no_evaluation(tmp_path):
     write_images(tmp_path, count=12)
     assert evaluation_images(tiny_config(root=str(tmp_path))) is None

@@ -4,7 +4,9 @@ Run: pytest tests/test_docs.py        (some twenty seconds; `-m slow` draws the 
 
   links      [words](path) leads to a file; `file.py:name` names a function, class or constant there
   python     blocks of a lesson run from top to bottom; a text block behind one is what it prints
-  sh         commands run, made tiny, or are marked `# needs a GPU` or `# needs data`
+  commands   name programs, configs and keys that exist; those in fenced blocks run, made tiny,
+             unless they are marked `# needs a GPU` or `# needs data`, or the tests of their program
+             run them (indented ones record how a figure was measured)
   lists      docs/ablations.md has every line marked "Ablation:", docs/map.md every comment
              "Differs from the official code", and neither has more
 """
@@ -21,10 +23,12 @@ from pathlib import Path
 
 import pytest
 from running import ROOT, make_photos, run, tiny
-from test_readme import MADE_TINY
+from test_readme import MADE_TINY, README, code_lines
 
 sys.path.insert(0, str(ROOT / "scripts"))
 import ablations
+
+import config
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 LESSONS = sorted((ROOT / "docs" / "lessons").glob("[0-9]*.md"))
@@ -148,6 +152,7 @@ def desk(tmp_path_factory, photos):
     for name in ("configs", "config.yaml"):
         (folder / name).symlink_to(ROOT / name)
     words = tiny(folder / "runs" / "default", photos, "steps=2", "crops.global_size=32")
+    words += ["log.pictures=true"]
     done = run(folder / "log", words)
     assert done.code == 0, done.err
     return folder
@@ -174,63 +179,96 @@ def test_a_snippet_is_paired_with_the_text_behind_it(tmp_path):
 # ---- commands -----------------------------------------------------------------------------------
 
 
-def shell_lines(page):
-    """The lines of the sh blocks of a page; a line that ends in \\ goes on in the next."""
-    blocks = FENCE.findall(page.read_text(encoding="utf-8"))
-    text = "\n".join(block for kind, block in blocks if kind == "sh").replace("\\\n", " ")
-    return [line for line in text.splitlines() if line]
+def shell_lines(text):
+    """The commands of a page, with their comments: first those in blocks, then those in a text."""
+    lines = [line.strip() for line in code_lines(text)]
+    lines += re.findall(r"`([^`\n]+)`", FENCE.sub("", text))
+    lines = [part for line in lines for part in line.split(" && ")]
+    return [line for line in lines if re.match(r"(python|torchrun) .*\.py\b", line)]
 
 
-def commands(page):
-    """Those that are not marked as needing a GPU or data, without comments."""
-    marked = re.compile("# needs (a GPU|data)")
-    return [line.partition("  #")[0] for line in shell_lines(page) if not marked.search(line)]
+def split(line):
+    """(words before the program, program, words behind it), without the comment."""
+    words = shlex.split(line, comments=True)
+    at = next(i for i, word in enumerate(words) if word.endswith(".py"))
+    return words[:at], words[at], words[at + 1 :]
 
 
-OURS = [*LESSONS, ROOT / "docs" / "README.md", ROOT / "docs" / "faq.md", FLIPS]
-COMMANDS = sorted({line for page in OURS for line in commands(page)})
-# Commands that are too long for here, or are run by the tests of their own program.
-LONG = ("scripts/", "torchrun", "bench.py", "plan.py", "distill.py", "eval_linear.py", "export.py")
+def understands(program, key):
+    """Whether `key` is one of the config's, or one that the program's text explains."""
+    source = {"data.py": "prepare.py"}.get(program, program)
+    return bool(config.type_of(key) or re.search(rf"\b{key}\b", (ROOT / source).read_text("utf-8")))
 
 
-def test_the_program_of_every_command_exists():
-    words = [shlex.split(line.partition("  #")[0]) for page in OURS for line in shell_lines(page)]
-    programs = {next(word for word in line if word.endswith(".py")) for line in words}
-    assert {"train.py", "eval_knn.py"} <= programs
-    assert not [name for name in programs if not (ROOT / name).exists()]
+@pytest.mark.parametrize("page", PAGES, ids=title)
+def test_every_command_names_a_program_a_config_and_keys_that_there_are(page):
+    wrong = []
+    for line in shell_lines(page.read_text(encoding="utf-8")):
+        _, program, words = split(line)
+        files = [program, *(word for word in words if word.endswith(".yaml"))]
+        wrong += [f"{line}: {name}" for name in files if not (ROOT / name).exists()]
+        keys = [word.partition("=")[0] for word in words if "=" in word] if not wrong else []
+        wrong += [f"{line}: {key}" for key in keys if not understands(program, key)]
+    assert not wrong
 
 
-def is_long(line):
-    return any(word in line for word in LONG)
+def test_the_commands_of_a_page_are_found():
+    page = "Say `python plan.py C gpus=8`.\n\n    python train.py a.yaml && torchrun --n 2 x.py\n\n"
+    page += "```sh\npython eval_knn.py RUN \\\n  k=1  # needs a GPU\n```\n"
+    lines = shell_lines(page)
+    assert [split(line)[1] for line in lines] == ["eval_knn.py", "train.py", "x.py", "plan.py"]
+    assert split(lines[0]) == (["python"], "eval_knn.py", ["RUN", "k=1"])
+    assert understands("plan.py", "gpus") and understands("plan.py", "optim.lr")
+    assert not understands("plan.py", "gpuss") and not understands("plan.py", "optim.lrr")
 
 
-@pytest.mark.parametrize("line", [line for line in COMMANDS if not is_long(line)])
+# Run by the tests of the program itself, or too long: timing, planning, whole experiments.
+ELSEWHERE = ("scripts/", "bench.py", "plan.py", "distill.py")
+
+
+def is_run(line):
+    launcher, program, words = split(line)
+    alone = not any(word.startswith("--nproc") for word in launcher)
+    elsewhere = program.startswith(ELSEWHERE) or any(word.endswith(".onnx") for word in words)
+    return alone and not elsewhere and not re.search("# needs (a GPU|data)", line)
+
+
+def blocks(page):
+    """The text of the fenced blocks of a page that hold commands, fences included."""
+    found = FENCE.finditer(page.read_text(encoding="utf-8"))
+    return "\n".join(block[0] for block in found if block[1] in ("", "sh"))
+
+
+COMMANDS = {line for page in PAGES[1:] for line in shell_lines(blocks(page))}
+COMMANDS = sorted(COMMANDS - set(shell_lines(README)))  # test_readme.py runs those
+BRIEF = {
+    "train.py": [*MADE_TINY, "crops.global_size=32", "log.pictures=false"],
+    "eval_linear.py": ["iterations=5", "batch=8", "logistic=2"],
+}
+
+
+@pytest.mark.parametrize("line", list(filter(is_run, COMMANDS)))
 def test_a_command_runs(line, desk, photos, tmp_path, monkeypatch):
     monkeypatch.chdir(desk)
-    words = shlex.split(line)
-    assert words.pop(0) == "python", "a command begins with python or torchrun"
-    program = words.pop(0).removesuffix(".py")
-    if program == "train" and "--help" not in words:
-        words += [
-            *MADE_TINY,
-            "crops.global_size=32",
-            f"data.root={photos}",
-            f"out={tmp_path / 'r'}",
-        ]
-    elif program == "eval_knn":
+    _, program, words = split(line)
+    photo = str(next(photos.rglob("*.png")))
+    ours = {"/photos": str(photos), "photo.jpg": photo, "init_from=FILE": "init_from=runs/default"}
+    ours |= {"curated=/good": f"curated={photos}/train", "data.root=chosen/list.txt": "seed=0"}
+    ours |= {"to=/shards": f"to={tmp_path / 'made'}", "head_steps=1000": "head_steps=1"}
+    words = [ours.get(word, word).replace("docs/", f"{ROOT}/docs/") for word in words]
+    if "--help" not in words:
+        words += BRIEF.get(program, [])
+    if program in ("train.py", "eval_knn.py", "eval_linear.py") or "config.yaml" in words:
         words += [f"data.root={photos}"]
-    elif program == "data":
-        program, words = "prepare", [str(photos) if word == "/photos" else word for word in words]
-        words = [f"to={tmp_path / 'made'}" if word.startswith("to=/") else word for word in words]
-        words += [f"data.root={photos}"] if "config.yaml" in words else []
-    words = [str(next(photos.rglob("*.png"))) if w.endswith(".jpg") else w for w in words]
-    done = run(tmp_path / "log", words, program)
+    if program in ("train.py", "visualize.py"):
+        words += [f"out={tmp_path / 'made.gif'}"]
+    done = run(tmp_path / "log", words, {"data.py": "prepare"}.get(program, program[:-3]))
     assert done.code == 0, done.err
 
 
 @pytest.mark.slow
 def test_training_on_two_processes_runs_as_the_lesson_says(photos, tmp_path):
-    line = next(line for line in COMMANDS if line.startswith("torchrun"))
+    line = next(line for line in COMMANDS if "--nproc_per_node=2 train.py" in line)
     words = shlex.split(line)[1:]
     words += [*(w for w in MADE_TINY if "parallel" not in w), f"data.root={photos}"]
     launch = [sys.executable, "-m", "torch.distributed.run", *words, f"out={tmp_path / 'run'}"]

@@ -202,7 +202,8 @@ BAD = [
     (["{run}", "{few}"], "3 images; at least 5"),
     (["{run}", "{good}", "size=0"], "size=0 must be at least 1"),
     (["{run}", "{good}", "vallues=2"], "unknown key vallues"),
-    (["{nowhere}", "{good}"], "no such file"),
+    (["{nowhere}", "{good}"], "no such file; give a run folder"),
+    (["draw", "{run}/below"], "below: cannot be written"),
 ]
 
 

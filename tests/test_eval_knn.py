@@ -337,6 +337,7 @@ def test_a_file_under_the_released_names_is_evaluated_too(tmp_path, trained, end
 BAD = [
     (["/nowhere"], "/nowhere: no such file"),
     (["{run}", "k=10,61"], "k=61 neighbours, but only 60 training images: lower k"),
+    (["{run}", "per_class=1,31"], "per_class=31, but no class has more than 30 images"),
     (["{run}", "k=ten"], "k=ten: write whole numbers above 0"),
     (["{run}", "tries=0"], "tries=0: write a number above 0"),
     (["{run}", "features=gpu"], "write features=cpu, or leave it out"),

@@ -423,7 +423,9 @@ BAD = [
     (["{run}", "data.root={photos}", "labels={cars}/cars.csv"], "none of the training images"),
     (["{run}", "data.root={cars}", "labels={cars}/none.csv"], "No such file"),
     (["{run}", "data.root={cars}", "labels={cars}/00.png"], "cannot be read"),
+    (["{run}", "save=/nowhere/c.pt"], "save=/nowhere/c.pt: cannot be written"),
     (["predict", "{run}/teacher.pt", "{photos}"], "not a classifier"),
+    (["predict", "{run}", "{photos}"], "not a classifier; eval_linear.py RUN save=FILE writes one"),
     (["predict", "{run}/teacher.pt"], "FOLDER is missing"),
 ]  # fmt: skip
 

@@ -142,6 +142,8 @@ def test_the_command_says_whether_it_fits(capsys):
     [
         (["gpus=none"], "gpus must be a whole number, got none"),
         (["mfu=-1"], "mfu=-1.0 must be above 0"),
+        (["mfu=45"], "45 % is mfu=0.45"),
+        (["gpus"], "write key=value"),
         (["gpu=b200"], "use one of a100, h100, h200"),
         (["gpus=3", "parallel=fsdp"], "does not divide into 3 processes"),
         (["gpus=2"], "use parallel=ddp or parallel=fsdp"),

@@ -105,13 +105,29 @@ def test_an_evaluation_command_runs(tmp_path, trained, photos, words):
 
 
 @pytest.mark.parametrize("words", commands(README, "visualize.py"), ids=" ".join)
-def test_a_picture_command_runs(tmp_path, trained, words):
+def test_a_picture_command_runs(tmp_path, trained, photos, words):
     if "--help" in words:
         pytest.skip("test_visualize.py has it")
+    photo = str(next(photos.rglob("*.png")))
     there = [word.replace("docs/", f"{ROOT}/docs/") for word in words[2:] if "out=" not in word]
+    there = [photo if word.startswith("/photos/") else word for word in there]
     done = run(tmp_path, [words[0], str(trained), *there, f"out={tmp_path / 'a.gif'}"], "visualize")
     assert done.code == 0, done.err
     assert (tmp_path / "a.gif").stat().st_size > 1000
+
+
+@pytest.mark.parametrize("words", commands(README, "data.py"), ids=" ".join)
+def test_a_command_about_data_runs(tmp_path, photos, words):
+    words = [str(photos) if word == "/photos" else word for word in words]
+    done = run(tmp_path, words, program="prepare")
+    assert done.code == 0, done.err
+
+
+def test_every_command_in_a_block_belongs_to_a_program_whose_commands_run():
+    programs = {w for line in code_lines(README) for w in line.split() if w.endswith(".py")}
+    here = {"train.py", "distill.py", "eval_knn.py", "visualize.py", "data.py"}
+    beside_their_program = {"eval_linear.py", "eval_dense.py", "export.py"}
+    assert programs == here | beside_their_program
 
 
 def test_files_that_are_named_exist():
