@@ -252,12 +252,8 @@ def open_files(root, channels, again=False, title=""):
         index = index_list(path)
     else:
         kinds = " ".join((*LISTS, *ARRAYS, ".tar"))
-<<<<<<< HEAD
-        raise UserError(f"{title}{root}: no such folder or file; give a folder or one of {kinds}")
-=======
         what = "one file of another kind" if path.exists() else "no such folder or file"
-        raise UserError(f"{root}: {what}; data.root is a folder or one of {kinds}")
->>>>>>> student
+        raise UserError(f"{title}{root}: {what}; give a folder or one of {kinds}")
     if not len(index.ends):
         where = "this folder or below" if path.is_dir() else "this file"
         raise UserError(f"{root}: no images in {where}; looked for {' '.join(EXTENSIONS)}")

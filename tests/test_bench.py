@@ -5,6 +5,7 @@ Run: pytest tests/test_bench.py        Speed itself is never asserted.
 
 import json
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,8 +13,7 @@ from running import TINY, log_of, make_photos, run
 from torch.utils.flop_counter import FlopCounterMode
 
 import bench
-import bench_official
-import bench_ours
+import bench_peers
 import config
 import measure
 from config import UserError
@@ -48,17 +48,16 @@ class NoClock:
 )
 def test_the_operations_of_a_step_are_those_that_pytorch_counts(words, photos):
     cfg = config.load(TINY, [f"data.root={photos}", *SMALL, "vit.drop_path=0.25", *words])
-    masked = len(next(bench_ours.batches(cfg, CPU)).mask_indices)
+    work = bench.step(cfg, CPU)
     with FlopCounterMode(display=False) as counter:
-        bench_ours.our_step(cfg, CPU, bench_ours.batches(cfg, CPU))[0](NoClock())
-    assert bench_ours.step_flops(cfg, masked) == pytest.approx(counter.get_total_flops(), rel=1e-3)
+        work.contenders["ours"](NoClock())
+    assert work.flops == pytest.approx(counter.get_total_flops(), rel=1e-3)
 
 
 def test_a_step_of_the_benchmark_is_a_step_of_training(tmp_path, photos):
     out = tmp_path / "run"
     words = [f"data.root={photos}", f"out={out}", "steps=1", "vit.drop_path=0"]
-    cfg = config.load(TINY, words)
-    measured = bench_ours.our_step(cfg, CPU, bench_ours.batches(cfg, CPU))[0](NoClock())
+    measured = bench.step(config.load(TINY, words), CPU).contenders["ours"](NoClock())
     assert run(tmp_path, [str(TINY), *words]).code == 0
     (trained,) = (line["loss"] for line in log_of(out) if "loss" in line)
     assert measured == pytest.approx(trained, rel=1e-4)
@@ -83,33 +82,42 @@ def test_cpu_time_does_not_count_waiting(monkeypatch):
     time.sleep(0.2)
     clock.mark("asleep")
     assert clock.seconds()["asleep"] < 0.1
-    assert measure.machine(CPU)["time"] == "CPU time"
+    record = measure.measure(Work("", {"ours": lambda clock: None}), CPU, torch.float32)
+    assert record["setting"].endswith("CPU time")
 
 
-def test_contenders_take_turns_and_loading_is_not_counted():
+@pytest.mark.parametrize("leave_out, expected", [("data", 1.0), ("", 3.0)])
+def test_a_phase_can_be_left_out_of_the_time(leave_out, expected):
+    turns = {"ours": [{"data": 2.0, "student": 0.75, "rest": 0.25}] * 3}
+    work = Work("", {}, leave_out=leave_out)
+    (row,) = measure.rows(work, turns, {"ours": None}).values()
+    assert row["rate"] == 1 / expected
+    assert row["milliseconds"] == {"data": 2000, "student": 750, "rest": 250}
+
+
+def test_only_a_step_leaves_out_the_time_of_loading(photos):
+    cfg = config.load(TINY, [f"data.root={photos}"])
+    step, data = bench.step(cfg, CPU), bench.data(cfg, CPU)
+    step.contenders["ours"](clock := Clock(CPU))
+    assert step.leave_out in clock.seconds() and data.leave_out not in clock.seconds()
+
+
+def test_contenders_take_turns(monkeypatch):
     order = []
-
-    def contender(name):
-        def work(clock):
-            order.append(name)
-            time.sleep(0.02)
-            clock.mark("data")
-
-        return work
-
-    work = Work("", {name: contender(name) for name in ("ours", "theirs")})
-    found = measure.measure(work, CPU, turns=4)
-    assert order[2:10] == ["ours", "theirs"] * 4  # behind the warm-up
-    assert found["ours"]["phases"]["data"] >= 0.02 > max(found["ours"]["seconds"])
+    work = Work("", {name: lambda clock, name=name: order.append(name) for name in ("ours", "it")})
+    monkeypatch.setattr(measure, "TURNS", 4)
+    turns = measure.take_turns(work, CPU)
+    assert order == ["ours", "it"] * 5  # the first to warm up
+    assert len(turns["ours"]) == len(turns["it"]) == 4
 
 
 def test_a_contender_that_computes_something_else_is_refused():
     work = Work("", {"ours": lambda clock: [1.0, 2.0], "theirs": lambda clock: [1.0, 2.1]})
     with pytest.raises(UserError, match="theirs computes something else than ours"):
-        measure.measure(work, CPU)
+        measure.take_turns(work, CPU)
     work.contenders["theirs"] = lambda clock: float("nan")
     with pytest.raises(UserError, match="theirs"):
-        measure.measure(work, CPU)
+        measure.take_turns(work, CPU)
 
 
 def test_extra_memory_is_the_peak_of_a_run_and_not_what_was_there_before():
@@ -119,58 +127,69 @@ def test_extra_memory_is_the_peak_of_a_run_and_not_what_was_there_before():
         x = torch.ones(50_000_000)  # 200 MB, and for a moment 400
         return (x + before[0]).sum()
 
-    found = measure.extra_memory(work, CPU)
+    found = measure.extra_memory(lambda clock: work(), CPU)
     assert found is None or 0.35 < found < 0.45
 
 
 def test_the_ratio_is_the_median_of_the_ratios_of_the_turns():
     ours, theirs = [1.0, 10.0, 2.0], [3.0, 20.0, 2.0]
-    found = {
-        name: {"seconds": seconds, "phases": {"student": 0.5}, "memory": 1.0}
-        for name, seconds in (("ours", ours), ("theirs", theirs))
+    turns = {
+        name: [{"student": seconds} for seconds in each]
+        for name, each in (("ours", ours), ("theirs", theirs))
     }
-    made = measure.record(Work("t", found, images=4, flops=8.0), found, 16.0, "command", CPU)
-    assert made["rows"]["theirs"]["ours_over_it"] == 2.0  # of 3, 2 and 1
-    assert made["rows"]["ours"]["rate"] == 2.0  # four images in the median of two seconds
-    assert made["rows"]["ours"]["share_of_peak"] == 8 / 2 / 16
-    assert "| theirs | 1.333 |" in measure.table(made) and "**2.00x**" in measure.table(made)
+    rows = measure.rows(Work("", {}, images=4), turns, {"ours": 1.0, "theirs": None})
+    assert rows["theirs"]["ours_over_it"] == 2.0  # of 3, 2 and 1
+    assert rows["ours"]["rate"] == 2.0  # four images in the median of two seconds
+    shown = measure.table({"rows": rows})
+    assert "| theirs | 1.333 |" in shown and "**2.00x**" in shown
+
+
+def test_the_share_of_the_peak_is_what_a_matrix_product_of_known_size_reaches(monkeypatch):
+    monkeypatch.setattr(measure, "matmul_peak", lambda device, dtype: 1e6)
+    work = Work("", {"ours": lambda clock: time.sleep(0.05)}, flops=2.5e4)
+    record = measure.measure(work, CPU, torch.float32)
+    assert 0.1 < record["share_of_peak"] <= 0.5
+    assert record["tflops"] == record["share_of_peak"] * 1e6 / 1e12
 
 
 # ---- the page -----------------------------------------------------------------------------------
 
 
-def test_a_row_replaces_the_one_of_the_same_work_and_machine(tmp_path):
-    made = {
-        "title": "Step",
-        "unit": "images/s",
-        "machine": {"device": "this", "threads": 1, "time": "time", "torch": "2"},
-        "command": "python bench.py step",
-        "rows": {"ours": {"rate": 1.0, "quartiles": [1.0, 1.0], "runs": 3, "milliseconds": {}}},
-    }
-    missing = [("gpu", "fast", "python bench.py gpu"), ("cpu", "fast", "python bench.py step")]
+def test_a_row_replaces_the_one_of_the_same_command_and_device_and_the_wish_for_it(tmp_path):
+    wishes = [
+        {"title": "on a GPU", "target": "fast", "command": "python bench.py gpu"},
+        {"title": "here", "target": "fast", "command": "python bench.py step"},
+    ]
+    (tmp_path / "benchmarks.json").write_text(json.dumps(wishes))
+    numbers = {"quartiles": [1.0, 1.0], "runs": 3, "memory_gb": None, "milliseconds": {}}
     for device, rate in ("this", 1.0), ("other", 2.0), ("this", 3.0):
-        made["machine"]["device"], made["rows"]["ours"]["rate"] = device, rate
-        measure.save(made, tmp_path, missing)
-    kept = json.loads((tmp_path / "benchmarks.json").read_text())
-    assert [r["rows"]["ours"]["rate"] for r in kept] == [2.0, 3.0]
-    page = (tmp_path / "benchmarks.md").read_text()
-    assert "python bench.py gpu" in page.split("## Not measured")[1]
-    assert "python bench.py step" not in page.split("## Not measured")[1]
+        made = {"title": "Step", "device": device, "setting": "", "command": "python bench.py step"}
+        measure.save(made | {"rows": {"ours": {"rate": rate, **numbers}}}, tmp_path)
+    wish, *kept = json.loads((tmp_path / "benchmarks.json").read_text())
+    assert wish == wishes[0] and [r["rows"]["ours"]["rate"] for r in kept] == [2.0, 3.0]
+    page = (tmp_path / "benchmarks.md").read_text().split("## Not measured")
+    assert "python bench.py gpu" in page[1] and "python bench.py step" not in page[1]
+
+
+DOCS = Path(bench.__file__).parent / "docs"
 
 
 def test_the_committed_page_is_made_from_the_committed_numbers():
-    folder = config.Path(bench.__file__).parent / "docs"
-    records = json.loads((folder / "benchmarks.json").read_text())
-    assert (folder / "benchmarks.md").read_text() == measure.page(records, bench.NOT_MEASURED)
+    records = json.loads((DOCS / "benchmarks.json").read_text())
+    assert (DOCS / "benchmarks.md").read_text() == measure.page(records)
 
 
-def test_the_commands_of_rows_that_are_not_measured_can_be_read():
-    for _, _, command in bench.NOT_MEASURED:
-        words = command.split()[2:]
-        if "--official" in words:
-            del words[words.index("--official") : words.index("--official") + 2]
-        what, _, peers, folder = bench.arguments(words)
-        assert what in ("step", "data") and folder == "docs" and peers in ([], ["lightly"])
+def test_every_command_of_the_page_can_be_read(monkeypatch):
+    found = []
+    monkeypatch.setattr(bench_peers, "find_official", found.append)
+    monkeypatch.setattr(Clock, "tick", Clock.tick)  # "shared" changes it
+    threads = torch.get_num_threads()
+    for record in json.loads((DOCS / "benchmarks.json").read_text()):
+        what, _, peers, folder = bench.arguments(record["command"].split()[2:])
+        assert what in bench.WHAT and folder == "docs"
+        assert all(hasattr(bench_peers, f"{peer}_{what}") for peer in peers)
+    torch.set_num_threads(threads)
+    assert "~/dinov2" in found
 
 
 # ---- command line -------------------------------------------------------------------------------
@@ -179,7 +198,7 @@ def test_the_commands_of_rows_that_are_not_measured_can_be_read():
 @pytest.fixture
 def hurry(monkeypatch):
     monkeypatch.setattr(measure, "TURNS", 2)
-    monkeypatch.setattr(bench, "matmul_peak", lambda device, dtype: 1e9)
+    monkeypatch.setattr(measure, "matmul_peak", lambda device, dtype: 1e9)
 
 
 @pytest.mark.parametrize("what", ["step", "losses", "backbone", "attention", "data"])
@@ -193,26 +212,26 @@ def test_everything_that_is_measured_runs_on_a_tiny_config(hurry, what, photos, 
 
 
 def test_augmentation_starts_from_a_jpeg_of_the_stated_size():
-    assert len(bench_ours.jpeg(375, 500, 110_000)) == pytest.approx(110_000, rel=0.03)
-    assert len(bench_ours.jpeg(32, 32, 1_000)) == pytest.approx(1_000, rel=0.1)
-    work = bench_ours.augmentation(config.load(TINY), CPU, [])
+    assert len(bench.jpeg(375, 500, 95)) == pytest.approx(110_000, rel=0.03)
+    assert len(bench.jpeg(32, 32, 79)) == pytest.approx(1_000, rel=0.1)
+    work = bench.augment(config.load(TINY), CPU)
     assert "500 x 375" not in work.title and "32 x 32" in work.title
     work.contenders["ours"](clock := Clock(CPU))
     assert list(clock.seconds()) == ["decode", "crops", "colour"]
 
 
 def test_knn_is_measured_on_features_of_any_number():
-    work = bench_ours.knn(None, CPU, [], train=300, test=20, D=8, classes=5)
+    work = bench.knn(None, CPU, train=300, test=20, D=8, classes=5)
     assert work.images == 20 and work.contenders["ours"](NoClock()).shape == (20, 5)
 
 
 @pytest.mark.parametrize(
     "words, message",
     [
-        (["speed"], "speed: cannot be measured; use one of step, losses"),
+        (["speed"], "speed: cannot be measured; use one of step, data"),
         (["step", "--official", "/nowhere"], "/nowhere: not a checkout of facebookresearch/dinov2"),
         (["step", "--official"], "--official: name a folder behind it"),
-        (["step", "official"], "give the path of a checkout, --official PATH"),
+        (["augment", str(TINY), "lightly"], "lightly: has nothing to compare with augment"),
         (["step", "no_such.yaml"], "no_such.yaml: no such config file"),
     ],
 )
@@ -228,14 +247,14 @@ def test_importing_the_official_package_leaves_our_module_of_that_name_alone(tmp
     (folder.parent / "__init__.py").write_text("")
     (folder / "__init__.py").write_text("from dinov2.layers.one import ONE\n")
     (folder / "one.py").write_text("ONE = 1\n")
-    monkeypatch.setitem(bench_official.sys.modules, "xformers", None)
+    monkeypatch.setitem(bench_peers.sys.modules, "xformers", None)
     monkeypatch.setenv("XFORMERS_DISABLED", "1")
-    monkeypatch.setattr(bench_official, "CHECKOUT", None)
-    bench_official.find(tmp_path)
-    (layers,) = bench_official.modules("layers")
+    monkeypatch.setattr(bench_peers, "CHECKOUT", None)
+    bench_peers.find_official(tmp_path)
+    layers = bench_peers.official("layers")
     assert layers.ONE == 1
     import dinov2
 
     assert dinov2.LARGE_CROPS == 2
     for name in ("dinov2.layers", "dinov2.layers.one"):
-        del bench_official.sys.modules[name]
+        del bench_peers.sys.modules[name]
