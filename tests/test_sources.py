@@ -128,7 +128,7 @@ def test_a_missing_or_empty_folder_is_one_line(tmp_path):
     with pytest.raises(UserError, match=r"no images in this folder or below; looked for \.jpg"):
         open_source(tmp_path, Config())
     (tmp_path / "a.jpg").touch()
-    with pytest.raises(UserError, match=r"a\.jpg: one file of another kind; data\.root is"):
+    with pytest.raises(UserError, match=r"a\.jpg: one file of another kind; give a"):
         open_source(tmp_path / "a.jpg", Config())
     with pytest.raises(UserError, match=r"data\.root is empty"):
         open_source("", Config())
