@@ -24,6 +24,8 @@ from config import UserError
 
 def attend(qkv_M3HE, groups, backend):
     """Softmax attention of every token to the tokens of its own crop: (M, 3, H, E) -> (M, H, E)."""
+    if backend == "auto":
+        backend = fastest(qkv_M3HE.device, qkv_M3HE.dtype)
     if backend == "varlen":
         return attend_varlen(qkv_M3HE, groups)
     if backend == "xformers":
@@ -31,8 +33,11 @@ def attend(qkv_M3HE, groups, backend):
     out = []
     for qkv, (B, T) in zip(qkv_M3HE.split([B * T for B, T in groups]), groups, strict=True):
         q, k, v = qkv.unflatten(0, (B, T)).permute(2, 0, 3, 1, 4)  # 3 x (B, H, T, E)
-        by_hand = backend == "plain" or (backend == "auto" and plain_is_faster(q))
-        x = plain_attention(q, k, v) if by_hand else F.scaled_dot_product_attention(q, k, v)
+        x = (
+            plain_attention(q, k, v)
+            if backend == "plain"
+            else F.scaled_dot_product_attention(q, k, v)
+        )
         out.append(x.transpose(1, 2).flatten(0, 1))
     return out[0] if len(out) == 1 else torch.cat(out)
 
@@ -78,13 +83,14 @@ def block_diagonal(groups, device):
     return BlockDiagonalMask.from_seqlens([T for B, T in groups for _ in range(B)], device=device)
 
 
-def plain_is_faster(q):
-    """Whether `auto` writes attention out; `python bench.py attention` measures both ways.
+def fastest(device, dtype):
+    """The backend that `auto` stands for; `python bench.py attention` measures them all.
 
-    In bf16 on a CPU, forward and backward of the fused kernel took 2 to 12 times as long for 17 to
-    785 tokens (AMD Zen 5, PyTorch 2.13); in fp32 the two were within a quarter of each other.
+    In bf16 on a CPU, forward and backward of the fused kernel took 2 to 12 times as long as plain
+    attention for 17 to 785 tokens (AMD Zen 5, PyTorch 2.13); in fp32 the two were within a quarter
+    of each other. On a GPU nothing was measured yet: the fused kernel runs on all of them.
     """
-    return q.device.type == "cpu" and q.dtype == torch.bfloat16
+    return "plain" if device.type == "cpu" and dtype == torch.bfloat16 else "sdpa"
 
 
 def check_backend(name, device, dtype):

@@ -10,6 +10,7 @@ POOL is a folder or a list; GOOD and EVALUATION can be whatever data.root can be
 by commas. DINOv2 section 3, "Data processing", and appendix A.
 
   backbone   a run folder of train.py, or its teacher.pt; at best one that knows such images
+  size       pixels a side at which it sees them; 0: as it was trained
   curated    the images whose like are wanted; empty: only near-copies are removed
   keep       neighbours that each curated image gets; one wanted by two goes to the closer of them
   clusters   above 0: k-means of the pool, and whole clusters are kept instead of neighbours
@@ -55,8 +56,8 @@ from sources import Files
 from weights import load_backbone
 
 OPTIONS = {
-    "backbone": "", "out": "", "curated": "", "against": "", "keep": 4, "clusters": 0, "votes": 3,
-    "neighbours": 64, "threshold": 0.6, "likeness": 0.9, "device": "auto", "workers": 0,
+    "backbone": "", "size": 0, "out": "", "curated": "", "against": "", "keep": 4, "clusters": 0,
+    "votes": 3, "neighbours": 64, "threshold": 0.6, "likeness": 0.9, "device": "auto", "workers": 0,
 }  # fmt: skip
 STRICTER = 0.05  # in likeness, for evaluation sets: there a false alarm costs less than a leak
 
@@ -145,6 +146,7 @@ def embed(source, name, backbone, cfg, o, device):
     names = "\n".join([root, *(source.name(i) for i in range(n))])
     weights = zlib.crc32(b"".join(p.numpy().tobytes() for p in backbone.cpu().parameters()))
     key = {"images": n, "names": zlib.crc32(os.fsencode(names)), "weights": weights}
+    key["size"] = cfg.crops.global_size
     shapes = {"features": ((n, 2 * backbone.dim), "float32"), "thumbs": ((n, S, S, C), "uint8")}
     shapes["readable"] = (n,), "bool"
     state, done_file = key | {"done": 0}, file.with_suffix(".json")
@@ -262,7 +264,7 @@ def parse(argv):
         if not getattr(o, key):
             raise UserError(f"{key}= is missing: write curate.py POOL backbone=RUN out=FOLDER")
     least_most = dict.fromkeys(("keep", "neighbours", "votes"), (1, math.inf))
-    least_most |= {"clusters": (0, math.inf), "workers": (0, math.inf)}
+    least_most |= dict.fromkeys(("size", "clusters", "workers"), (0, math.inf))
     least_most |= {"threshold": (-1, 1), "likeness": (0, 1)}
     for key, (least, most) in least_most.items():
         if not least <= getattr(o, key) <= most:
@@ -278,7 +280,9 @@ def main(argv):
     o = parse(argv)
     device = pick_device(o.device)
     backbone, cfg = load_backbone(o.backbone, with_config=True)
-    cfg.data.workers = o.workers
+    cfg.data.workers, cfg.crops.global_size = o.workers, o.size or cfg.crops.global_size
+    if cfg.crops.global_size % backbone.patch:
+        raise UserError(f"size={o.size} is not a multiple of {backbone.patch} px, its patches")
     pool = open_source(o.pool, cfg)
     if not isinstance(pool, Files) or pool.index.shards:
         raise UserError(f"{o.pool}: POOL must be a folder or a list, as list.txt will hold paths")

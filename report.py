@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 import dinov2
 import history
+from attention import fastest
 from config import UserError, dump, to_dict, writing
 from optim import scaled_lr
 from parallel import (
@@ -287,6 +288,9 @@ def start_card(cfg, source, held_out, student, device, world, start):
     }
     lr = scaled_lr(cfg.optim.lr, cfg.batch)
     values = dinov2.start_values(cfg)
+    attention = cfg.attention
+    if attention == "auto":
+        attention += f" ({fastest(device, dtype_of(cfg))})"
     labels = f", {len(source.classes)} classes" if source.classes else ", no labels"
     knn = "none, for want of labelled held-out images (data.val)"
     if held_out:
@@ -294,7 +298,7 @@ def start_card(cfg, source, held_out, student, device, world, start):
     rows = {
         "device": f"{device} ({device_name(device)}), {NAMES[dtype_of(cfg)]}, "
         f"{world} process{'es' if world > 1 else ''}, parallel={cfg.parallel}, "
-        f"attention={cfg.attention}",
+        f"attention={attention}",
         "images": f"{len(source):,} from {cfg.data.root}{labels}",
         "k-NN": knn,
         "network": f"{cfg.vit.size}/{cfg.vit.patch}: "

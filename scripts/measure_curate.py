@@ -4,7 +4,8 @@
 
 Near-copies: 300 images of IMAGENETTE/train are planted beside it a second time, 100 each as a crop
 (50 to 90 % of the area, anywhere), as a JPEG of quality 30, and mirrored. Retrieval: from a pool of
-as many CIFAR-10 as Imagenette images, for 500 images of IMAGENETTE/val, 4 each.
+as many CIFAR-10 as Imagenette images, for 500 images of IMAGENETTE/val: by neighbours and by
+clusters (WAYS). only=retrieval leaves the near-copies out.
 """
 
 import csv
@@ -18,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import curate
 
 KINDS = "crop", "jpeg", "flip"
+WAYS = ["keep=4"], ["keep=1"], *(["clusters=200", f"votes={votes}"] for votes in (3, 5, 8))
 
 
 def plant(files, folder, seed=1, count=300):
@@ -61,7 +63,7 @@ def near_copies(imagenette, out, words):
 
 
 def retrieval(imagenette, cifar10, out, words):
-    rng = random.Random(2)
+    rng = random.Random(3)
     pool = [
         str(f) for root in (imagenette, cifar10)
         for f in rng.sample(sorted(root.glob("train/*/*")), 3000)
@@ -70,16 +72,21 @@ def retrieval(imagenette, cifar10, out, words):
     rng.shuffle(pool)
     (out / "mixed.txt").write_text("\n".join(pool))
     (out / "queries.txt").write_text("\n".join(map(str, queries)))
-    curate.main([str(out / "mixed.txt"), f"curated={out / 'queries.txt'}",
-                 f"out={out / 'retrieval'}", *words])  # fmt: skip
-    kept = (out / "retrieval" / "list.txt").read_text().splitlines()
-    right = sum(path.startswith(str(imagenette)) for path in kept)
-    print(f"{100 * right / len(kept):.1f} % of {len(kept)} kept images are Imagenette's")
+    given = [str(out / "mixed.txt"), f"curated={out / 'queries.txt'}", f"out={out / 'retrieval'}"]
+    for how in WAYS:
+        curate.main([*given, *how, *words])
+        kept = (out / "retrieval" / "list.txt").read_text().splitlines()
+        right = sum(path.startswith(str(imagenette)) for path in kept)
+        share = 100 * right / len(kept)
+        print(f"{' '.join(how)}: {share:.1f} % of {len(kept)} kept images are Imagenette's")
 
 
 if __name__ == "__main__":
     imagenette, cifar10, *words = sys.argv[1:]
     out = Path(next(w for w in words if w.startswith("out=")).removeprefix("out="))
-    words = [word for word in words if not word.startswith("out=")]
-    near_copies(Path(imagenette), out, words)
+    alone = "only=retrieval" in words
+    words = [word for word in words if not word.startswith(("out=", "only="))]
+    out.mkdir(parents=True, exist_ok=True)
+    if not alone:
+        near_copies(Path(imagenette), out, words)
     retrieval(Path(imagenette), Path(cifar10), out, words)

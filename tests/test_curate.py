@@ -180,6 +180,13 @@ def test_an_interrupted_command_goes_on_and_a_changed_pool_starts_again(pool, ba
     assert command(pool, backbone)[0]["b.png"]["because of"] == "a03.png"
 
 
+def test_features_of_another_size_are_not_used_again(pool, backbone):
+    _, _, out = command(pool, backbone)
+    small = np.load(out / "pool.features.npy")
+    command(pool, backbone, "size=64")
+    assert not np.allclose(np.load(out / "pool.features.npy"), small, atol=1e-3)
+
+
 BAD = [
     ([], "backbone= is missing"),
     (["backbone=/nowhere", "out=x"], "/nowhere: no such file"),
@@ -188,6 +195,7 @@ BAD = [
     (["backbone={b}", "out={o}", "kept=3"], "kept=3: unknown"),
     (["backbone={b}", "out={o}", "keep=many"], "keep must be a whole number, got many"),
     (["backbone={b}", "out={o}", "likeness=7"], "must be from 0 to 1"),
+    (["backbone={b}", "out={o}", "size=50"], "size=50 is not a multiple of 8 px"),
     (["backbone={b}", "out={p}/a00.png/x"], "cannot be written"),
 ]
 
