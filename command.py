@@ -14,10 +14,11 @@ import json
 import os
 import sys
 import time
+from difflib import get_close_matches
 from pathlib import Path
 from types import SimpleNamespace
 
-from config import Config, RankError, UserError, convert, documented, lookup, parsed, shown
+from config import Config, RankError, UserError, convert, documented, lookup, parsed, shown, type_of
 
 
 def main_arguments(argv, usage):
@@ -43,7 +44,7 @@ def help_text(usage):
 def take_options(words, defaults):
     """A program's own options, by their defaults, out of key=value words: (namespace, the rest).
 
-    Raises UserError where a value is not of the default's type.
+    Raises UserError where a value is not of the default's type, or a word is almost an option.
     """
     options, rest = SimpleNamespace(**defaults), []
     for word in words:
@@ -51,6 +52,8 @@ def take_options(words, defaults):
         if equals and key in defaults:
             kind = type(defaults[key])
             setattr(options, key, convert(parsed(text, kind), kind, key, f"override {word}"))
+        elif equals and not type_of(key) and (near := get_close_matches(key, defaults, 1, 0.8)):
+            raise UserError(f"override {word}: unknown key {key}; did you mean {near[0]}?")
         else:
             rest.append(word)
     return options, rest

@@ -416,6 +416,7 @@ BAD = [
     (["{run}", "held_out=1.0"], "held_out=1.0"),
     (["{run}", "finetune=9"], "the backbone has 6 blocks"),
     (["{run}", "data.rot=x"], "did you mean data.root?"),
+    (["{run}", "iteration=5"], "unknown key iteration; did you mean iterations?"),
     (["{run}", "data.root={photos}/train/dark"], "set data.val or labels="),
     (["{run}", "data.channels=1", "data.mean=[0.5]", "data.std=[0.5]"], "trained on images with 3"),
     (["{run}", "data.root={cars}", "labels={cars}/cars.csv", "targets=age"],
