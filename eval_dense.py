@@ -269,10 +269,8 @@ def main(argv):
         raise UserError("FOLDER is missing: write eval_dense.py RUN FOLDER")
     folder, (o, words) = words[0], command.take_options(words[1:], OPTIONS)
     if run == "draw":
-        try:
+        with config.writing(folder):
             return draw(folder)
-        except OSError as error:
-            raise UserError(f"{folder}: cannot be written ({error.strerror})") from None
     for key in ("size", "neighbours", "values", "patches"):
         if getattr(o, key) < 1:
             raise UserError(f"{key}={getattr(o, key)} must be at least 1")

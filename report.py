@@ -36,6 +36,14 @@ from results import FLOORS, draw_crops
 NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 ELSEWHERE = "set out= to another place"
 TERMS = ("dino_global", "dino_local", "ibot", "koleo")
+COLLAPSE = {
+    "alike": "all images look alike to the teacher (rankme {rankme:.2f}): raise loss.koleo or "
+    "lower optim.lr",
+    "few": "the teacher puts every image on one or two prototypes (share used "
+    "{prototypes_used:.5f}): use loss.centering=sinkhorn",
+    "uniform": "the teacher's targets are uniform (entropy {teacher_entropy:.2f} nats): lower "
+    "teacher.temp",
+}
 
 
 class Reporter:
@@ -208,31 +216,19 @@ class Reporter:
         """Say so once, in plain words, when the signs of health point to a collapse."""
         if line["step"] < self.cfg.optim.warmup or "rankme" not in line:
             return
-        uniform = 0.999 * math.log(self.cfg.head.prototypes)
-        signs = [
-            (
-                line["rankme"] < 2,
-                "all images look alike to the teacher (rankme {rankme:.2f}): "
-                "raise loss.koleo or lower optim.lr",
-            ),
-            (
-                # Softmax centering may share them out although the scores favour one: then the
-                # targets are not certain of it.
-                line["prototypes_used"] < 2 / self.cfg.head.prototypes
-                and line["teacher_entropy"] < math.log(2),
-                "the teacher puts every image on one or two prototypes (share used "
-                "{prototypes_used:.5f}): use loss.centering=sinkhorn",
-            ),
-            (
-                line["teacher_entropy"] > uniform,
-                "the teacher's targets are uniform (entropy {teacher_entropy:.2f} nats): "
-                "lower teacher.temp",
-            ),
-        ]
-        for ill, text in signs:
-            if ill and text not in self.warned:
-                self.warned.add(text)
-                self.say("warning: collapse? " + text.format(**line))
+        K = self.cfg.head.prototypes
+        used, entropy = line["prototypes_used"], line["teacher_entropy"]
+        signs = {
+            "alike": line["rankme"] < 2,
+            # Softmax centering may share prototypes out although the scores favour one: then the
+            # targets are not certain of it.
+            "few": used < 2 / K and entropy < math.log(2),
+            "uniform": entropy > 0.999 * math.log(K),
+        }
+        for sign, ill in signs.items():
+            if ill and sign not in self.warned:
+                self.warned.add(sign)
+                self.say("warning: collapse? " + COLLAPSE[sign].format(**line))
 
 
 class Live:
