@@ -30,51 +30,47 @@ def sinkhorn_knopp(score_NK, temp, iterations=3):
 
     Returns (N, K) fp32. Rows belong to one process, columns span them all, and so does N.
     """
-    # The gains of the prototypes are trainable, so exp(score / temp) can overflow fp32. The first
-    # alternation is done in logarithms, where nothing overflows or vanishes. Subtracting each row's
-    # maximum instead would be another start, and three alternations do not forget it: targets
-    # change by up to 0.2.
     N = sum_over_ranks(torch.tensor(float(len(score_NK)), device=score_NK.device))
-    K, log_sum_K = score_NK.shape[1], column_logsumexp(score_NK, temp)
-    Q_NK = torch.empty(score_NK.shape, device=score_NK.device)
-    sum_K = Q_NK.new_zeros(K)
-    for s, Q in zip(a_few_rows(score_NK), a_few_rows(Q_NK), strict=True):
+    K, (Q_NK, row_N) = score_NK.shape[1], exponentials(score_NK, temp)
+    # A step changes one factor of every column or row; Q is written when the last ones are known.
+    for _ in range(iterations):
+        column_K = N / (K * sum_over_ranks(row_N @ Q_NK))
+        row_N = 1 / (Q_NK @ column_K)
+    return Q_NK.mul_(column_K).mul_(row_N.unsqueeze(1))
+
+
+def exponentials(score_NK, temp):
+    """(Q_NK, row_N): row_n * Q_nk is exp(score_nk / temp), but for a factor of each column.
+
+    The gains of the prototypes are trainable, so this exp could overflow fp32, or be 0 in all of a
+    row or column. Columns may lose their maximum, because to be scaled is the first thing that
+    happens to them. What a row loses must come back as its factor: scaled rows would be another
+    start, and three alternations do not forget it (targets change by up to 0.2). So every row of Q
+    has a 1, and every column has one where the row's factor is 1: no sum over it is 0 or infinite.
+    """
+    top_K = score_NK.new_full(score_NK.shape[1:], -torch.inf)
+    for rows in a_few_rows(score_NK):
+        top_K = torch.maximum(top_K, score_NK[rows].amax(dim=0))
+    top_K = max_over_ranks(top_K.float() / temp)
+    Q_NK = torch.empty_like(score_NK, dtype=torch.float32)
+    row_N = Q_NK.new_empty(len(Q_NK))
+    for rows in a_few_rows(score_NK):
         # add(a, b, alpha) is a + alpha * b in one pass over memory.
-        torch.softmax(torch.add(-log_sum_K, s.float(), alpha=1 / temp), dim=1, out=Q)
-        sum_K += Q.sum(dim=0)
-    # The others only change one factor for each row and column. Rows follow from columns, and the
-    # next columns from rows, so each alternation reads Q once; it is written when all is known.
-    for left in reversed(range(iterations - 1)):
-        column_K = N / (K * sum_over_ranks(sum_K))
-        sum_K = torch.zeros_like(sum_K)
-        for Q in a_few_rows(Q_NK):
-            row_N = 1 / (Q @ column_K)
-            if left:
-                sum_K += row_N @ Q
-            else:
-                Q.mul_(column_K).mul_(row_N.unsqueeze(1))
-    return Q_NK
+        Q = torch.add(-top_K, score_NK[rows], alpha=1 / temp, out=Q_NK[rows])
+        top_N = Q.amax(dim=1)
+        Q.sub_(top_N.unsqueeze(1)).exp_()
+        row_N[rows] = top_N.exp()
+    return Q_NK, row_N
 
 
 def a_few_rows(x_NK):
-    """Parts of a large tensor: on a CPU what its caches hold, as memory is slower than arithmetic.
+    """Slices of the rows of a large tensor, for intermediate results that are smaller than it.
 
-    On a GPU a gigabyte of fp32, so that no intermediate result is as large as all scores.
+    On a CPU what its caches hold, as memory is slower than arithmetic; on a GPU a gigabyte of fp32.
     """
-    numbers = 2**20 if x_NK.device.type == "cpu" else 2**28
-    return x_NK.split(max(1, numbers // x_NK.shape[1])) if len(x_NK) else ()
-
-
-def column_logsumexp(score_NK, temp):
-    """log of the sum over all rows of all processes of exp(score / temp): (K,)."""
-    top_K = score_NK.new_full(score_NK.shape[1:], -torch.inf, dtype=torch.float32)
-    for s in a_few_rows(score_NK):
-        top_K = torch.maximum(top_K, s.amax(dim=0))
-    top_K = max_over_ranks(top_K / temp)
-    sum_K = torch.zeros_like(top_K)
-    for s in a_few_rows(score_NK):
-        sum_K += torch.add(-top_K, s.float(), alpha=1 / temp).exp_().sum(dim=0)
-    return top_K + sum_over_ranks(sum_K).log()
+    numbers = 2**18 if x_NK.device.type == "cpu" else 2**28
+    step = max(1, numbers // x_NK.shape[1])
+    return [slice(first, first + step) for first in range(0, len(x_NK), step)]
 
 
 class SoftmaxCentering(nn.Module):
@@ -118,11 +114,11 @@ class CrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, score_NK, target_NK, weight_N, temp):
-        loss, row = weight_N.new_zeros(()), 0
+        loss = weight_N.new_zeros(())
         grad_NK = torch.empty_like(score_NK) if ctx.needs_input_grad[0] else None
-        for s, t in zip(a_few_rows(score_NK), a_few_rows(target_NK), strict=True):
-            rows = slice(row, row := row + len(s))
-            s = (s.float() - s.amax(dim=1, keepdim=True)).div_(temp)  # only for the rounding
+        for rows in a_few_rows(score_NK):
+            s, t = score_NK[rows].float(), target_NK[rows]
+            s = (s - s.amax(dim=1, keepdim=True)).div_(temp)  # only for the rounding
             mass_N, dot_N = t.sum(dim=1), torch.linalg.vecdot(t, s)
             sum_N = s.exp_().sum(dim=1)
             loss += weight_N[rows] @ (mass_N * sum_N.log() - dot_N)
