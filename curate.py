@@ -215,6 +215,10 @@ def curate(pool, curated, against, o):
     query_MD = torch.cat([c.features[torch.tensor(c.readable.copy())] for c in curated])
     names = [c.source.name(i) for c in curated for i in np.flatnonzero(c.readable)]
     base_ND = pool.features[left]
+    if o.clusters > len(left):
+        raise UserError(
+            f"clusters={o.clusters} are more than the {len(left)} images to choose from"
+        )
     if o.clusters:
         chosen, collisions = whole_clusters(query_MD, base_ND, o.clusters, o.votes)
     else:

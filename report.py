@@ -283,6 +283,7 @@ def start_card(cfg, source, held_out, student, device, world, start):
         name: sum(p.numel() for p in part.parameters()) for name, part in student.named_children()
     }
     lr = scaled_lr(cfg.optim.lr, cfg.batch)
+    never = ", which it never reaches: optim.warmup is longer than the run"
     values = dinov2.start_values(cfg)
     attention = cfg.attention
     if attention == "auto":
@@ -304,7 +305,8 @@ def start_card(cfg, source, held_out, student, device, world, start):
         "batch": f"{cfg.batch} images x (2 crops of {cfg.crops.global_size} px + "
         f"{cfg.crops.local_count} of {cfg.crops.local_size} px)",
         "steps": f"{start:,} to {cfg.steps:,}, {cfg.steps * cfg.batch / len(source):.1f} epochs",
-        "lr": f"{lr:.2e} at its peak (optim.lr={cfg.optim.lr:g} x sqrt({cfg.batch} / 1024))",
+        "lr": f"{lr:.2e} at its peak (optim.lr={cfg.optim.lr:g} x sqrt({cfg.batch} / 1024))"
+        + never * (cfg.optim.warmup > cfg.steps),
         "loss": "a healthy run starts near "
         + ", ".join(f"{name} {value:.3f}" for name, value in values.items())
         + f" (uniform over {cfg.head.prototypes:,}; ln K = {math.log(cfg.head.prototypes):.2f})",

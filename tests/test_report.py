@@ -13,8 +13,10 @@ import sys
 import termios
 
 import pytest
+import torch
 from PIL import Image
 from running import ROOT, Run, log_of, make_photos, run, tiny
+from torch import nn
 
 import report
 from config import Config
@@ -82,6 +84,17 @@ def test_the_card_says_what_one_asks_before_a_long_run(whole):
         "dino_global 1.155, dino_local 2.310, ibot 1.733", "ln K = 3.47", str(whole[0]),
     ]:  # fmt: skip
         assert text in card, text
+
+
+def test_the_card_says_that_a_learning_rate_never_reaches_its_peak():
+    class Images(list):
+        classes = ()
+
+    cfg = Config()
+    for steps, said in [(20, True), (200, False)]:
+        cfg.steps, cfg.optim.warmup = steps, 100
+        card = report.start_card(cfg, Images([0]), None, nn.Sequential(), torch.device("cpu"), 1, 0)
+        assert ("never reaches: optim.warmup" in " ".join(card.split())) == said
 
 
 LINE = (
