@@ -217,7 +217,7 @@ def curate(pool, curated, against, o):
     base_ND = pool.features[left]
     if o.clusters > len(left):
         raise UserError(
-            f"clusters={o.clusters} are more than the {len(left)} images to choose from"
+            f"clusters={o.clusters} are more than the {len(left)} images left"
         )
     if o.clusters:
         chosen, collisions = whole_clusters(query_MD, base_ND, o.clusters, o.votes)
