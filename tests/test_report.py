@@ -80,7 +80,8 @@ def test_the_card_says_what_one_asks_before_a_long_run(whole):
     card = " ".join(whole[1].split())
     for text in [
         "cpu (", "fp32", "1 process", "attention=auto (sdpa)", "30 from", "2 classes",
-        "10 held-out", "nano/8", "backbone", "dino_head", "8 images x (2 crops of 16 px + 2 of 8 px)", "0 to 12", "3.54e-04 at its peak",
+        "10 held-out", "nano/8", "backbone", "dino_head", "0 to 12", "3.54e-04 at its peak",
+        "8 images x (2 crops of 16 px + 2 of 8 px)",
         "dino_global 1.155, dino_local 2.310, ibot 1.733", "ln K = 3.47", str(whole[0]),
     ]:  # fmt: skip
         assert text in card, text
