@@ -210,7 +210,8 @@ absolute figures belong to the machine. Contenders of a table ran in one process
 quartiles show the spread. "Extra memory" is the peak of one run above what was in use before it.
 "The peak" is the rate of a large matrix product, measured in the same run; counted are the matrix
 products of a step, without what stochastic depth leaves out. "CPU time" stands where other work
-shared the processor: it counts what the process itself computed, with one thread.
+shared the processor: it counts what the process itself computed, with one thread; caches and
+memory were shared all the same.
 """
 MISSING = "## Not measured\n\n| work | target | the command that measures it |\n|---|---|---|"
 
