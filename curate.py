@@ -216,9 +216,7 @@ def curate(pool, curated, against, o):
     names = [c.source.name(i) for c in curated for i in np.flatnonzero(c.readable)]
     base_ND = pool.features[left]
     if o.clusters > len(left):
-        raise UserError(
-            f"clusters={o.clusters} are more than the {len(left)} images left"
-        )
+        raise UserError(f"clusters={o.clusters} are more than the {len(left)} images left")
     if o.clusters:
         chosen, collisions = whole_clusters(query_MD, base_ND, o.clusters, o.votes)
     else:
