@@ -54,6 +54,7 @@ A key that the yaml does not mention has the default below.
 def main(argv):
     cfg = config.load(*command.main_arguments(argv, USAGE))
     students = student_configs(cfg)
+    teacher_file(cfg.distill.teacher)  # a missing one is refused before images are looked for
     with process_group(cfg) as (device, rank, world):
         distill(cfg, students, device, rank, world)
 
@@ -136,7 +137,6 @@ def student_configs(cfg):
     """The Config of each student's run, after a check of what distillation asks of a config."""
     if not cfg.distill.teacher:
         raise UserError("distill.teacher is empty: set it to the run folder of the teacher")
-    teacher_file(cfg.distill.teacher)  # a missing one is refused before images are looked for
     if cfg.loss.centering != "sinkhorn":
         raise UserError("loss.centering=softmax, but no centre follows a frozen teacher: "
                         "set loss.centering=sinkhorn")  # fmt: skip
