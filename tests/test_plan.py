@@ -111,6 +111,7 @@ def test_stochastic_depth_saves_the_share_it_drops():
     assert 0.5 < dropped.flops / whole.flops < 0.5 + teacher
 
 
+@pytest.mark.slow
 def test_recomputing_activations_saves_memory_and_costs_arithmetic():
     words = ["batch=64", "head.hidden=8", "head.prototypes=8"]
     none, selective, full = (
@@ -121,6 +122,7 @@ def test_recomputing_activations_saves_memory_and_costs_arithmetic():
     assert none.flops <= selective.flops < full.flops < 1.5 * none.flops
 
 
+@pytest.mark.slow
 def test_micro_batches_need_less_memory_and_the_same_arithmetic():
     whole, parts = planned(1, "batch=64"), planned(1, "batch=64", "accumulate=4")
     assert parts.peak < 0.6 * whole.peak
