@@ -223,23 +223,24 @@ def shown(values):
 def table(rows):
     """The rows as Markdown."""
     lines = [
-        "| | changes | seeds | k-NN, % | linear, % | k-NN against the row above | in the paper |",
-        "|---|---|---|---|---|---|---|",
+        "| | changes | seeds | k-NN, % | linear, % | untrained | k-NN against the row above "
+        "| in the paper |",
+        "|---|---|---|---|---|---|---|---|",
     ]
-    floor = [shown(column(rows[0][1], key)) for key in ("knn_random", "linear_random")]
-    lines.append(f"| untrained network | | {len(rows[0][1])} | {floor[0]} | {floor[1]} | | |")
     for row, results, above in rows:
         knn, change = column(results), ""
         changes = (
             "see below" if row is LADDER[0] else ", ".join(f"`{w}`" for w in words(row.changes))
         )
         if above:
-            difference = statistics.mean(knn) - statistics.mean(column(above))
-            change = f"{difference:+.1f}: {verdict(column(above), knn)}"
-        lines.append(
-            f"| {row.name} | {changes} | {len(knn)} | {shown(knn)} | "
-            f"{shown(column(results, 'linear'))} | {change} | {row.paper} |"
-        )
+            difference = round(statistics.mean(knn) - statistics.mean(column(above)), 1)
+            change = f"{difference + 0:+}: {verdict(column(above), knn)}"  # + 0: no "-0.0"
+        floors = (statistics.mean(column(results, f"{key}_random")) for key in ("knn", "linear"))
+        cells = (
+            row.name, changes, len(knn), shown(knn), shown(column(results, "linear")),
+            " and ".join(f"{floor:.1f}" for floor in floors), change, row.paper,
+        )  # fmt: skip
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
     return "\n".join(lines)
 
 
@@ -269,12 +270,12 @@ def draw(rows, path):
     height, left, right, top = 32, 210, 700, 78
     page = plot.Page(900, top + height * len(rows) + 46)
     page.text(20, 14, "The ladder from iBOT to DINOv2, on the embedded data set", 17)
-    page.text(20, 40, "% of 2,000 held-out images; a line is the mean of its dots", 12, plot.GREY)
+    text = "% of 2,000 held-out images; a line is the mean of its dots; pale: the network untrained"
+    page.text(20, 40, text, 12, plot.GREY)
     kinds = [("k-NN", "knn", plot.BLUE, -5, 720), ("linear", "linear", plot.ORANGE, 6, 800)]
-    floors = [("untrained", "knn_random", plot.BLUE), ("untrained", "linear_random", plot.ORANGE)]
-    floors.append(("raw pixels", "knn_pixels", plot.BLUE))
     everything = [result for _, results, _ in rows for result in results]
-    values = [r[key] for r in everything for key in ("knn", "linear", *(f[1] for f in floors))]
+    keys = "knn", "linear", "knn_random", "linear_random", "knn_pixels"
+    values = [result[key] for result in everything for key in keys]
     low, high = min(values) - 2, max(values) + 2
     bottom = top + height * len(rows)
 
@@ -284,16 +285,17 @@ def draw(rows, path):
     for value, text in plot.ticks(low, high, 6):
         page.line([(at(value), top), (at(value), bottom)], plot.LIGHT)
         page.text(at(value), bottom + 6, text, 11, plot.GREY, "ma")
-    for name, key, colour in floors:
-        x = at(statistics.mean(column(everything, key)))
-        page.line([(x, top), (x, bottom)], colour)
-        page.text(x, bottom + 24, name, 11, colour, "ma")
+    pixels = at(statistics.mean(column(everything, "knn_pixels")))
+    page.line([(pixels, top), (pixels, bottom)], plot.BLUE)
+    page.text(pixels, bottom + 24, "raw pixels", 11, plot.BLUE, "ma")
     for name, _, colour, _, x in kinds:
         page.text(x, 56, name, 13, colour)
     for number, (row, results, _) in enumerate(rows):
         y = top + height * (number + 0.5)
         page.text(left - 14, y, row.name, 13, plot.INK, "rm")
         for _, key, colour, shift, x in kinds:
+            floor = statistics.mean(column(results, f"{key}_random"))
+            page.dot(at(floor), y + shift, plot.mix(colour, plot.PAPER, 0.7))
             mean = statistics.mean(column(results, key))
             page.line([(at(mean), y + shift - 6), (at(mean), y + shift + 6)], colour, 2)
             for value in column(results, key):
