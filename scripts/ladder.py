@@ -234,7 +234,7 @@ def table(rows):
         )
         if above:
             difference = round(statistics.mean(knn) - statistics.mean(column(above)), 1)
-            change = f"{difference + 0:+}: {verdict(column(above), knn)}"  # + 0: no "-0.0"
+            change = f"{difference + 0:+.1f}: {verdict(column(above), knn)}"  # + 0: no "-0.0"
         floors = (statistics.mean(column(results, f"{key}_random")) for key in ("knn", "linear"))
         cells = (
             row.name, changes, len(knn), shown(knn), shown(column(results, "linear")),
