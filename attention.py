@@ -33,12 +33,8 @@ def attend(qkv_M3HE, groups, backend):
     out = []
     for qkv, (B, T) in zip(qkv_M3HE.split([B * T for B, T in groups]), groups, strict=True):
         q, k, v = qkv.unflatten(0, (B, T)).permute(2, 0, 3, 1, 4)  # 3 x (B, H, T, E)
-        x = (
-            plain_attention(q, k, v)
-            if backend == "plain"
-            else F.scaled_dot_product_attention(q, k, v)
-        )
-        out.append(x.transpose(1, 2).flatten(0, 1))
+        one_size = plain_attention if backend == "plain" else F.scaled_dot_product_attention
+        out.append(one_size(q, k, v).transpose(1, 2).flatten(0, 1))
     return out[0] if len(out) == 1 else torch.cat(out)
 
 

@@ -276,6 +276,7 @@ Keys override the config of the classifier, such as device=cpu or data.workers=0
 
 
 def predict(argv):
+    """Label the images of a folder with a saved classifier, into a CSV."""
     path, words = command.main_arguments(argv, PREDICT_USAGE)
     if not words or "=" in words[0]:
         raise UserError("FOLDER is missing: write eval_linear.py predict CLASSIFIER FOLDER")

@@ -165,6 +165,8 @@ class Log:
 
 @dataclass
 class Config:
+    """A run: what concerns the whole of it, and a section for each of its parts."""
+
     out: str = "runs/default"  # folder where everything of the run is written
     seed: int = 0  # same seed, same images, crops, masks and weights
     steps: int = 125000  # length of the run; every schedule is a function of the step

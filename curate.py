@@ -324,6 +324,7 @@ def write_results(pool, fate, o, collisions, curated):
 
 
 def print_report(report, o):
+    """How many images met each fate, and why."""
     how = f"clusters with {o.votes} or more curated images, of {o.clusters}"
     if not o.clusters:
         how = f"nearest {o.keep} of {report['curated images']:,} curated images"

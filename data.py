@@ -166,6 +166,7 @@ def loader(cfg, source, start_step=0, rank=0, world=1):
 
 
 def worker_options(cfg):
+    """What every DataLoader here is given: how many workers, and how they start."""
     # Forked workers share the names of millions of images. Python 3.14 would start them afresh and
     # give each a copy, as must be where forking is not safe (macOS, Windows).
     fork = cfg.data.workers > 0 and sys.platform == "linux"

@@ -60,6 +60,7 @@ def main(argv):
 
 
 def distill(cfg, students, device, rank, world):
+    """Train a student for each Config in `students`, on the same batches: the events, in order."""
     # ---- images, teacher; the students, those of an interrupted run as they were ----
     source = data.open_source(cfg.data.root, cfg, "train")
     held_out = data.evaluation_images(cfg)

@@ -67,6 +67,7 @@ def ffn(backbone):
 
 
 def export_network(backbone, path, height, width):
+    """Write the backbone for images of one size, as torch.export (.pt2) or ONNX: as path ends."""
     p, channels = backbone.patch, backbone.patch_embed.proj.in_channels
     if height % p or width % p or not height or not width:
         raise UserError(f"size={height}x{width}: height and width must be multiples of {p}")

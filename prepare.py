@@ -130,6 +130,7 @@ def add_up(seen, result):
 
 
 def report_stats(seen, path):
+    """Print what was counted and measured, and write the list of damaged images."""
     n, damaged = seen["images"], seen["damaged"]
     good = max(n - len(damaged), 1)
     mean, square = np.array(seen["mean"]) / good, np.array(seen["square"]) / good
@@ -158,6 +159,7 @@ def write_aside(path, text):
 
 
 def show_pack(cfg, options):
+    """`python data.py pack`: write a source as tar shards; goes on where it was interrupted."""
     if not options.to:
         raise UserError("pack: where to? give a folder, as in to=/data/shards")
     source, folder = open_source(cfg.data.root, cfg), Path(options.to)

@@ -239,6 +239,7 @@ class Pair:
             self.page.dot(x, y, colour)
 
     def keypoints(self, points, found, truth):
+        """Numbered points left, where they were found right, and how far that is from the truth."""
         for i, (a, b) in enumerate(zip(points.tolist(), found.tolist(), strict=True)):
             colour = (BLUE, ORANGE, GREEN)[i % 3]
             if truth is not None:
