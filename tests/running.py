@@ -110,7 +110,9 @@ def wait_for(condition, seconds=60):
 def log_of(out):
     """The lines of a run's log.jsonl."""
     path = Path(out, "log.jsonl")
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    text = path.read_text() if path.exists() else ""
+    # The last line may be half written: by a run that is at work, or by one that was killed.
+    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
 
 
 def losses_of(out):
