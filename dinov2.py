@@ -123,7 +123,7 @@ def objective(student, teacher, centers, batch, temp, weights, rng=None, kept=No
     The log shows each term as it enters the loss. (The official log halves koleo and ibot.)
     """
     told = ask_teacher(teacher, centers, batch, temp, weights, health)
-    return teach_student(student, batch, told, weights, rng, kept)
+    return teach_student(student, batch, told, weights, rng, kept, overwrite=True)
 
 
 @torch.no_grad()
@@ -135,8 +135,11 @@ def ask_teacher(teacher, centers, batch, temp, weights, health=False):
     return Targets(dino_NK, ibot_MK, health_signs(told, dino_NK, temp) if health else {})
 
 
-def teach_student(student, batch, told, weights, rng=None, kept=None):
-    """The second half: what the student says of its crops against the Targets -> (loss, log)."""
+def teach_student(student, batch, told, weights, rng=None, kept=None, overwrite=False):
+    """The second half: what the student says of its crops against the Targets -> (loss, log).
+
+    overwrite  these targets are for no other student, see ibot_loss
+    """
     T, indices = LARGE_CROPS, batch.mask_indices if weights.ibot else None
     # Ablation: pass masks=None, and iBOT becomes plain distillation of visible patches.
     crops = [c for c in (batch.global_crops, batch.local_crops) if len(c)]
@@ -150,7 +153,7 @@ def teach_student(student, batch, told, weights, rng=None, kept=None):
     log = {"dino_global": weights.dino * large, "dino_local": weights.dino * small}
     if weights.ibot:
         ibot = ibot_loss(
-            said.patch_score, told.ibot, batch.mask_weights, T * B, weights.student_temp
+            said.patch_score, told.ibot, batch.mask_weights, T * B, weights.student_temp, overwrite
         )
         log["ibot"] = weights.ibot * ibot
     if weights.koleo:

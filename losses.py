@@ -109,13 +109,15 @@ class CrossEntropy(torch.autograd.Function):
     log-probabilities,
         - sum_k t_k (s_k - logsumexp(s)) = sum(t) * logsumexp(s) - t . s        (s = score / temp)
     and its gradient is weight * (sum(t) * softmax(s) - t) / temp. Both are computed a few rows at a
-    time in the forward pass; only the bracket is kept, in the precision of the scores.
+    time in the forward pass; only the bracket is kept: in the precision of the scores, or in the
+    memory of the targets if these may be overwritten.
     """
 
     @staticmethod
-    def forward(ctx, score_NK, target_NK, weight_N, temp):
-        loss = weight_N.new_zeros(())
-        grad_NK = torch.empty_like(score_NK) if ctx.needs_input_grad[0] else None
+    def forward(ctx, score_NK, target_NK, weight_N, temp, overwrite=False):
+        loss, grad_NK = weight_N.new_zeros(()), None
+        if ctx.needs_input_grad[0]:
+            grad_NK = target_NK if overwrite else torch.empty_like(score_NK)
         for rows in a_few_rows(score_NK):
             s, t = score_NK[rows].float(), target_NK[rows]
             s = (s - s.amax(dim=1, keepdim=True)).div_(temp)  # only for the rounding
@@ -133,7 +135,7 @@ class CrossEntropy(torch.autograd.Function):
         # The weights (1e-5 and less) join here, with the loss scale: alone they vanish in fp16.
         # In place, one rounding; a second backward through the same graph is an error.
         grad_NK, weight_N = ctx.saved_tensors
-        return grad_NK.mul_((weight_N * (grad / ctx.temp)).unsqueeze(1)), None, None, None
+        return grad_NK.mul_((weight_N * (grad / ctx.temp)).unsqueeze(1)), None, None, None, None
 
 
 def dino_loss(score_SBK, target_TBK, temp=0.1):
@@ -161,7 +163,7 @@ def dino_loss(score_SBK, target_TBK, temp=0.1):
     return small, large
 
 
-def ibot_loss(score_MK, target_MK, weight_M, crops, temp=0.1):
+def ibot_loss(score_MK, target_MK, weight_M, crops, temp=0.1, overwrite=False):
     """Each hidden patch predicts what the teacher, who sees it, says about it.
 
         L_ibot = - 1/crops * sum_crops mean_{masked i}  target[i] . log softmax(score[i] / temp)
@@ -169,8 +171,11 @@ def ibot_loss(score_MK, target_MK, weight_M, crops, temp=0.1):
     Section 4, "Patch-level objective"; iBOT (Zhou et al. 2022), section 3.1. weight_M is 1 over the
     masked patches of the crop: one crop, one vote. `crops` counts all large crops, although only
     half of them are masked, so an untrained network has ln(K) / 2.
+
+    overwrite  the gradient may take the memory of target_MK, the largest tensor of a step, which
+               nobody reads again
     """
-    return CrossEntropy.apply(score_MK, target_MK, weight_M / crops, temp)
+    return CrossEntropy.apply(score_MK, target_MK, weight_M / crops, temp, overwrite)
 
 
 def koleo_loss(x_BD, over_all_ranks=False, eps=1e-8):

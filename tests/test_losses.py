@@ -290,14 +290,31 @@ def test_the_cross_entropy_in_slices_is_that_in_one_piece():
     assert relative(loss, (whole * weight).sum() / 10) < 1e-5
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_memory_of_the_targets_holds_the_same_gradient(dtype):
+    score = torch.randn(9, 2**16).to(dtype).requires_grad_()
+    target, weight = torch.randn(9, 2**16).softmax(dim=1), torch.rand(9)
+    loss = ibot_loss(score, target, weight, 4)
+    (grad,) = torch.autograd.grad(loss, score)
+    kept = target.clone()
+    again = ibot_loss(score, target, weight, 4, overwrite=True)
+    assert not torch.equal(target, kept)  # the gradient is there
+    assert torch.equal(again, loss)
+    (same,) = torch.autograd.grad(again, score)
+    assert same.dtype == dtype
+    # The targets are fp32, so their memory rounds to bf16 once instead of twice.
+    assert relative(same, grad) < (1e-7 if dtype == torch.float32 else 2**-7)
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_gradients_of_half_precision_scores_survive_with_loss_scaling(dtype):
+def test_gradients_of_half_precision_scores_survive_with_loss_scaling(dtype, overwrite):
     K, crops, scale = 65536, 128, 65536.0  # the released recipe; where torch's GradScaler starts
     score = torch.randn(4, K).to(dtype).requires_grad_()
     target, weight = torch.randn(4, K).softmax(dim=1), torch.full((4,), 1 / 98)
-    (ibot_loss(score, target, weight, crops) * scale).backward()
     # In fp32 a gradient of 1e-8, times 65,536. Rounded to fp16 before that, it would be 0.
     exact = ((score.detach().double() / 0.1).softmax(dim=1) - target) / 0.1 / 98 / crops * scale
+    (ibot_loss(score, target, weight, crops, overwrite=overwrite) * scale).backward()
     error = (score.grad - exact).norm() / exact.norm()
     assert error < 0.01  # a number of 8 bits is 0.2 % off
 
