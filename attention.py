@@ -83,8 +83,8 @@ def fastest(device, dtype):
     """The backend that `auto` stands for; `python bench.py attention` measures them all.
 
     In bf16 on a CPU, forward and backward of the fused kernel took 2 to 12 times as long as plain
-    attention for 17 to 785 tokens (AMD Zen 5, PyTorch 2.13); in fp32 the two were within a quarter
-    of each other. On a GPU nothing was measured yet: the fused kernel runs on all of them.
+    attention for 17 to 785 tokens (AMD Zen 5, PyTorch 2.13); in fp32 plain attention took up to 1.3
+    times as long. On a GPU nothing was measured yet: the fused kernel runs on all of them.
     """
     return "plain" if device.type == "cpu" and dtype == torch.bfloat16 else "sdpa"
 

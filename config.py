@@ -102,7 +102,7 @@ class Vit:
 
 @dataclass
 class Head:
-    prototypes: int = 65536  # outputs of the DINO head; about 1024 for small data sets
+    prototypes: int = 65536  # outputs of the DINO head; 64 to 256 for small data sets
     hidden: int = 2048  # width of the head's layers
     bottleneck: int = 256  # width before the prototypes
     layers: int = 3  # linear layers up to the bottleneck
@@ -124,7 +124,7 @@ class Loss:
 
 @dataclass
 class Teacher:
-    momentum: float = 0.992  # per step: teacher = m * teacher + (1 - m) * student; short runs 0.97
+    momentum: float = 0.992  # per step: teacher = m * teacher + (1 - m) * student; short runs 0.98
     momentum_end: float = 1.0  # reached by a cosine over the run
     temp: float = 0.07  # temperature of the teacher's softmax, below student_temp
     temp_start: float = 0.04  # at step 0; sharper at first
@@ -136,10 +136,10 @@ class Optim:
     lr: float = 0.004  # peak, for 1024 images a step; scaled by sqrt(batch / 1024), see start
     min_lr: float = 1e-6  # at the end of the cosine; not scaled
     warmup: int = 12500  # steps from 0 to the peak, about a tenth of the run
-    weight_decay: float = 0.04  # at the start; matrices only
+    weight_decay: float = 0.04  # at the start; not of biases, norms and LayerScale
     weight_decay_end: float = 0.4  # at the end of its cosine; 0.2 for giant2
     clip: float = 3.0  # largest gradient norm, backbone and heads apart; 0: no clipping
-    layer_decay: float = 0.9  # lr times this per block below the last; 1: off (giant2)
+    layer_decay: float = 0.9  # lr times this per layer below the last norm; 1: off (giant2)
     patch_embed_lr: float = 0.2  # factor on the lr of the patch embedding
     freeze_last_layer: int = 1250  # steps at the start in which prototypes do not move
     betas: Pair = (0.9, 0.999)  # AdamW's averages of gradient and squared gradient

@@ -210,5 +210,5 @@ def start_values(cfg):
 @torch.no_grad()
 def ema_update(teacher, student, momentum):
     """teacher <- momentum * teacher + (1 - momentum) * student, heads included (buffers: none)."""
-    # Ablation: momentum 0 copies the student; the two then chase each other and collapse.
+    # Ablation: momentum 0 copies the student; with softmax centering the two collapse.
     torch._foreach_lerp_(list(teacher.parameters()), list(student.parameters()), 1 - momentum)

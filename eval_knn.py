@@ -7,7 +7,7 @@
     torchrun --nproc_per_node=8 eval_knn.py RUN     the same figures, sooner
 
 A test image is classified by the labelled training images nearest to it: nothing is trained, so the
-number speaks for the features alone. (DINOv2 section 7.1 and appendix B.3; Wu et al. 2018.)
+number speaks for the features alone. (DINOv2 section 7.1; Wu et al. 2018.)
 
 Shapes:  N training images   M test images   D channels   C classes   k neighbours
          lower-case n, m: a chunk of them

@@ -70,7 +70,7 @@ def schedules(step, cfg):
 def multipliers(name, depth, layer_decay=1.0, patch_embed_lr=1.0):
     """(lr multiplier, weight decay multiplier, is it a prototype) of a parameter of `Network`.
 
-    lr x layer_decay ^ (blocks above)    backbone only; heads x 1
+    lr x layer_decay ^ (layers above)    backbone only; heads x 1
     lr x patch_embed_lr                  every token passes through it: let it move slowly
     decay x 0                            biases, norms and LayerScale; the tokens, positions and
                                          prototype gains do decay, as in the official code
