@@ -7,7 +7,7 @@ learns that they show the same thing. Here this has two halves:
   - work: given the View, nothing is random. The data workers cut the crops (uint8); colour() treats
     a whole batch of them on the device that trains, each crop with its own numbers.
 
-Sources: the official data/augmentations.py; SimCLR (Chen et al. 2020); BYOL (Grill et al. 2020)
+Sources: the official DataAugmentationDINO; SimCLR (Chen et al. 2020); BYOL (Grill et al. 2020)
 for blur and solarise per kind of crop; BEiT (Bao et al. 2022) for the block masks.
 
 Shapes:  H, W sides of the image   C channels   S side of the crop   X = S * S pixels   N crops

@@ -48,7 +48,10 @@ class Checkpoints:
         self.cfg, self.networks, self.centers = cfg, (student, teacher), centers
         self.optimizer, self.scaler = optimizer, scaler
         copies = StagingOptions(False, False, False, False)  # plain ones; reused by the next save
-        self.stager, self.thread, self.writing = DefaultStager(copies), ThreadPoolExecutor(1), None
+        self.stager, self.writing = DefaultStager(copies), None
+        # A new thread begins on GPU 0, and would take memory there for each rank of the machine.
+        gpu = torch.cuda.current_device() if torch.cuda.is_initialized() else -1  # -1: leave it
+        self.thread = ThreadPoolExecutor(1, initializer=torch.cuda.set_device, initargs=(gpu,))
         # The threads of all ranks talk in a group of their own: in a common one their messages
         # would be taken for those of the training step.
         self.group = dist.new_group(backend="gloo") if dist.is_initialized() else None

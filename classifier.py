@@ -22,16 +22,15 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm import tqdm
 
 import checkpoint
 import command
 import config
 import data
 from config import UserError
-from index import warn
-from labelled import Numbered, augmented_batches, of_all_ranks
-from parallel import dtype_of, pick_device, ranks, sum_over_ranks
+from index import progress, warn
+from labelled import Numbered, augmented_batches
+from parallel import dtype_of, in_order, pick_device, ranks, sum_over_ranks
 from sources import open_files
 from vit import VisionTransformer
 
@@ -69,14 +68,13 @@ def extract(backbone, source, cfg, device, what):
     """
     rank, world = ranks()
     found, rows = [], []
-    show = None if rank == 0 else True  # None: if this is a terminal
     batches = data.evaluation_batches(Numbered(source), cfg, device=device, rank=rank, world=world)
-    with tqdm(total=len(source), desc=what, unit=" images", leave=False, disable=show) as bar:
+    with progress(total=len(source), desc=what, unit=" images") as bar:
         for image_BCHW, row_B in batches:
             found.append(features(tokens(backbone, image_BCHW.to(dtype_of(cfg)))))
             rows.append(row_B.to(device))
             bar.update(len(row_B) * world)
-    x_NF, row_N = (of_all_ranks(torch.cat(parts), len(source)) for parts in (found, rows))
+    x_NF, row_N = (in_order(torch.cat(parts))[: len(source)] for parts in (found, rows))
     return x_NF, row_N.cpu() != torch.arange(len(source))
 
 
@@ -137,8 +135,7 @@ def finetune(classifier, source, labels, rows, cfg, o, device):
     batches = augmented_batches(
         source, rows, cfg, o.tune_iterations, o.batch, device, o.seed, rank, world
     )
-    show = None if rank == 0 else True  # None: if this is a terminal
-    bar = tqdm(batches, "fine-tuning", o.tune_iterations, leave=False, disable=show)
+    bar = progress(batches, desc="fine-tuning", total=o.tune_iterations)
     for step, (image_BCSS, row_B) in enumerate(bar):
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * (1 + math.cos(math.pi * step / o.tune_iterations)) / 2
@@ -182,7 +179,7 @@ def percentages(classifier, source, labels, cfg, device):
     for image_BCSS, _ in batches:
         logits = classifier(image_BCSS.to(dtype_of(cfg)))
         guesses.append(torch.stack([logit_BC.argmax(dim=1) for logit_BC in logits], dim=1))
-    guess_NT = of_all_ranks(torch.cat(guesses), len(source)).cpu()
+    guess_NT = in_order(torch.cat(guesses))[: len(source)].cpu()
     right = [guess_N[x >= 0] == x[x >= 0] for guess_N, x in zip(guess_NT.T, labels, strict=True)]
     return [100 * own.float().mean().item() for own in right]
 
@@ -295,7 +292,7 @@ def predict(argv):
         rows = csv.writer(file)
         rows.writerow(head)
         found = predictions(classifier.to(device), source, cfg, device)
-        for i, probabilities in enumerate(tqdm(found, "images", len(source), disable=None)):
+        for i, probabilities in enumerate(progress(found, desc="images", total=len(source))):
             damaged += probabilities is None
             if probabilities is not None:
                 rows.writerow(csv_row(source.name(i), classifier.targets, probabilities))

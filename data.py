@@ -127,6 +127,8 @@ def index_masks(masks):
 
 def split(batch, parts):
     """The micro-batches of a Batch: each has its share of the images with all their crops."""
+    if parts == 1:
+        return [batch]
     B = len(batch.global_crops) // 2
     rows = [x.unflatten(0, (-1 if len(x) else 0, B)).chunk(parts, dim=1) for x in batch[:5]]
     return [
@@ -303,13 +305,17 @@ class Evaluation:
 
 def evaluation_batches(source, cfg, batch=256, device="cpu", rank=0, world=1):
     """Iterator of (normalised images (B, C, size, size) on `device`, labels (B,) on the CPU)."""
-    mean = torch.tensor(cfg.data.mean, device=device)[:, None, None]
-    std = torch.tensor(cfg.data.std, device=device)[:, None, None]
     data = Evaluation(source, cfg.crops.global_size, rank, world)
     batches = DataLoader(data, batch_size=batch, **worker_options(cfg))
     for image_BCSS, label_B in one_line_errors(batches):
-        scale = 255 if image_BCSS.dtype == torch.uint8 else 1
-        yield (image_BCSS.to(device, non_blocking=True) / scale - mean) / std, label_B
+        image_BCSS = image_BCSS.to(device, non_blocking=True)
+        yield normalised(image_BCSS, cfg.data.mean, cfg.data.std), label_B
+
+
+def normalised(pixels, mean, std):
+    """Pixels (.., C, H, W), uint8 or in 0..1, brought to the given mean and std of each channel."""
+    mean, std = (torch.tensor(v, device=pixels.device)[:, None, None] for v in (mean, std))
+    return (pixels / (255 if pixels.dtype == torch.uint8 else 1) - mean) / std
 
 
 if __name__ == "__main__":

@@ -65,7 +65,7 @@ class Network(nn.Module):
         large = features[0]["x_norm_clstoken"]
         if mask_indices is None:
             return Output(large, self.dino_head(cls), None)
-        patches = features[0]["x_norm_patchtokens"].flatten(0, 1)[mask_indices]
+        patches = features[0]["x_norm_patchtokens"].flatten(0, 1).index_select(0, mask_indices)
         if hasattr(self, "ibot_head"):
             return Output(large, self.dino_head(cls), self.ibot_head(patches))
         scores = self.dino_head(torch.cat((cls, patches)))
@@ -74,7 +74,7 @@ class Network(nn.Module):
 
 def ibot_prototypes(cfg):
     """K of the iBOT loss: of its own head if there is one, else of the shared head."""
-    return cfg.head.ibot_prototypes if cfg.head.ibot_prototypes else cfg.head.prototypes
+    return cfg.head.ibot_prototypes or cfg.head.prototypes
 
 
 def build_network(cfg, student):
@@ -179,11 +179,12 @@ def health_signs(told, target_NK, temp):
     mean_K = (told.cls_score.float() / temp).softmax(dim=1).mean(dim=0)
     view_BD = nn.functional.normalize(told.cls.float().chunk(LARGE_CROPS)[0], dim=1)
     singular = torch.linalg.svdvals(told.cls.float().nan_to_num())  # svd raises on nan
-    distance_BB = torch.cdist(view_BD, view_BD).fill_diagonal_(torch.inf)
+    # Without matrix products, whose rounding would show equal features some way apart.
+    distance_BB = torch.cdist(view_BD, view_BD, compute_mode="donot_use_mm_for_euclid_dist")
     return {
         "teacher_entropy": torch.special.entr(target_NK).sum(dim=1).mean(),
         "prototypes_used": torch.special.entr(mean_K).sum().exp() / len(mean_K),
-        "koleo_distance": distance_BB.amin(dim=1).mean(),
+        "koleo_distance": distance_BB.fill_diagonal_(torch.inf).amin(dim=1).mean(),
         "rankme": torch.special.entr(singular / singular.sum()).sum().exp(),
     }
 

@@ -30,7 +30,7 @@ import data
 from config import UserError
 from dinov2 import ask_teacher, build_network, ibot_prototypes, teach_student
 from optim import schedules
-from parallel import process_group, synchronized, wrap
+from parallel import process_group, ranks, synchronized, wrap
 from results import evaluate
 from start import put_parts, read_parts, vit_of
 from train import Run, Watch, micro_batches, print_once, reporting, save_or_leave, train_heads
@@ -55,28 +55,28 @@ def main(argv):
     cfg = config.load(*command.main_arguments(argv, USAGE))
     students = student_configs(cfg)
     teacher_file(cfg.distill.teacher)  # a missing one is refused before images are looked for
-    with process_group(cfg) as (device, rank, world):
-        distill(cfg, students, device, rank, world)
+    with process_group(cfg) as device:
+        distill(cfg, students, device)
 
 
-def distill(cfg, students, device, rank, world):
+def distill(cfg, students, device):
     """Train a student for each Config in `students`, on the same batches: the events, in order."""
     # ---- images, teacher; the students, those of an interrupted run as they were ----
     source = data.open_source(cfg.data.root, cfg, "train")
     held_out = data.evaluation_images(cfg)
-    teacher = open_teacher(cfg, device, rank, world)
-    watch = Watch(device, rank)
+    teacher = open_teacher(cfg, device)
+    watch = Watch(device)
     runs = []
     for run in [Run(each, device) for each in students]:
         if words := run.finished():
             print_once(words)
             continue
-        run.open(source, held_out, rank, world, run.cfg.vit.size if cfg.distill.students else "")
+        run.open(source, held_out, run.cfg.vit.size if cfg.distill.students else "")
         runs.append(run)
     if not runs:
         return
     start = min(run.start for run in runs)  # a kill may have come between two saves
-    batches = data.loader(students[0], source, start, rank, world)
+    batches = data.loader(students[0], source, start, *ranks())
 
     # ---- the loop ----
     for run in runs:
@@ -159,13 +159,13 @@ def student_configs(cfg):
 # ---- the teacher --------------------------------------------------------------------------------
 
 
-def open_teacher(cfg, device, rank, world):
+def open_teacher(cfg, device):
     """The frozen teacher; one without heads is first given some, if cfg.head_steps allows it."""
     path = teacher_file(cfg.distill.teacher)
     parts, its = read_teacher(path, cfg)
     check_match(its, cfg, path, "dino_head" in parts)
     if "dino_head" not in parts:
-        path = train_its_heads(path, its, cfg, device, rank, world)
+        path = train_its_heads(path, its, cfg, device)
         parts, its = read_teacher(path, cfg)
     with torch.device("meta"):
         network = build_network(its, student=False)
@@ -212,7 +212,7 @@ def check_match(its, cfg, path, heads):
     raise UserError(f"{key}={ours}, but {title(path)} has {theirs}: set {key}={theirs}")
 
 
-def train_its_heads(path, its, cfg, device, rank, world):
+def train_its_heads(path, its, cfg, device):
     """Train heads on the frozen backbone of a teacher without any, in out/heads; its new file."""
     if not cfg.head_steps:
         raise UserError(
@@ -225,7 +225,7 @@ def train_its_heads(path, its, cfg, device, rank, world):
     )
     first = copy.deepcopy(cfg)
     first.vit, first.init_from, first.distill = its.vit, str(path), config.Distill()
-    train_heads(first, device, rank, world)
+    train_heads(first, device)
     return Path(first.init_from, "teacher.pt")
 
 

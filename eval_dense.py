@@ -23,7 +23,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from tqdm import tqdm
 
 import command
 import config
@@ -32,7 +31,7 @@ import synthetic
 from config import UserError
 from eval_knn import knn_probabilities
 from features import untrained
-from index import PICTURES
+from index import PICTURES, progress
 from logistic import logistic_path, penalties
 from parallel import dtype_of, pick_device
 from sources import read_image
@@ -136,7 +135,7 @@ def patch_classes(classes_HW, h, w, classes, fine=16):
 def gather(found, extract, classes, most, seed):
     """Patch tokens (N, D) and shares of classes (N, C) of some images; at most `most` patches."""
     rng, tokens, shares = torch.Generator().manual_seed(seed), [], []
-    for image, mask in tqdm(found, "training images", disable=None, leave=False):
+    for image, mask in progress(found, desc="training images"):
         x_hwD = extract(image)
         share_NC = patch_classes(read_mask(image, mask), *x_hwD.shape[:2], classes)
         known = share_NC.any(dim=1).nonzero().flatten()
@@ -174,7 +173,7 @@ def linear(x_ND, share_NC, values):
 def confusions(found, extract, models, classes):
     """{name of the model: (C, C) pixels of class (row) that are called class (column)}."""
     counts = {name: torch.zeros(classes, classes, dtype=torch.long) for name in models}
-    for image, mask in tqdm(found, "test images", disable=None, leave=False):
+    for image, mask in progress(found, desc="test images"):
         x_hwD, truth_HW = extract(image), torch.tensor(read_mask(image, mask)).long()
         known = truth_HW != IGNORED
         for name, model in models.items():

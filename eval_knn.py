@@ -26,7 +26,7 @@ import config
 import data
 from config import UserError
 from features import RawPixels, cached_features, extract_features, untrained
-from parallel import process_group
+from parallel import process_group, ranks, without_tf32
 from weights import load_backbone
 
 NEIGHBOURS = (10, 20, 100, 200)
@@ -34,6 +34,7 @@ TEMPERATURE = 0.07
 CHUNK_M, CHUNK_N = 4096, 16384  # similarities worked out at once: 256 MB
 
 
+@without_tf32()  # as in the official evaluation; near neighbours differ by less than TF32 resolves
 @torch.inference_mode()
 def knn_probabilities(
     train_ND, label_N, test_MD, classes, neighbours=NEIGHBOURS, temp=TEMPERATURE, device=None
@@ -264,7 +265,8 @@ def main(argv):
     backbone, cfg = load_backbone(run, with_config=True)
     settle(cfg, overrides, backbone, run)
     train, test = sources = labelled_sources(cfg)
-    with process_group(cfg) as (device, rank, _):
+    with process_group(cfg) as device:
+        rank = ranks()[0]
         if rank == 0:
             print(f"{len(train)} training, {len(test)} test images, {len(train.classes)} classes")
         networks = {"this network": backbone.to(device)}

@@ -26,7 +26,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 import classifier as classifiers
 import command
@@ -36,7 +35,7 @@ import labelled
 from classifier import BLOCKS, Classifier, Head, extract, features, tokens
 from config import UserError
 from features import untrained
-from index import warn
+from index import progress, warn
 from labelled import augmented_batches
 from logistic import logistic_path, penalties
 from parallel import dtype_of, process_group, ranks
@@ -101,8 +100,7 @@ def linear_probe(s, rows, chosen=None):
     blocks, dim = min(BLOCKS, s.backbone.depth), s.backbone.dim
     probes = [Probe(len(t.classes), blocks, dim, s.o.batch, s.o.seed, s.device) for t in s.targets]
     batches = fresh_features(s, rows) if s.o.augment else feature_batches(s, rows)
-    show = None if ranks()[0] == 0 else True
-    bar = tqdm(batches, "linear probe", s.o.iterations, leave=False, disable=show)
+    bar = progress(batches, desc="linear probe", total=s.o.iterations)
     for step, (x_BF, row_B) in enumerate(bar):
         for target, probe in zip(s.targets, probes, strict=True):
             probe.step(x_BF, target.train_N[row_B].to(s.device), step / s.o.iterations)
@@ -318,10 +316,10 @@ def main(argv):
         return classifiers.predict(argv[1:])
     run, words = command.main_arguments(argv, USAGE)
     backbone, cfg, o = prepare(run, words)
-    with process_group(cfg) as (device, rank, _):
+    with process_group(cfg) as device:
         s = read_setup(backbone.to(device), cfg, o, device)
         results, classifier = evaluate(s)
-        if rank == 0:
+        if ranks()[0] == 0:
             print_results(results)
             if o.save:
                 classifiers.save(classifier, cfg, o.save)

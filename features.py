@@ -19,11 +19,11 @@ import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from tqdm import tqdm
 
 import data
 from config import UserError
-from parallel import dtype_of, gather_from_ranks, lists_of_ranks, ranks
+from index import progress, stamps
+from parallel import dtype_of, in_order, lists_of_ranks, ranks
 from vit import assign
 
 
@@ -38,8 +38,7 @@ def extract_features(backbone, source, cfg, device, what="features", keep=None):
     features, labels = [], []
     rank, world = ranks()
     batches = data.evaluation_batches(source, cfg, device=device, rank=rank, world=world)
-    show = None if rank == 0 else True  # None: if this is a terminal
-    with tqdm(total=len(source), desc=what, unit=" images", leave=False, disable=show) as bar:
+    with progress(total=len(source), desc=what, unit=" images") as bar:
         for image_BCHW, label_B in batches:
             cls_BD = backbone(image_BCHW.to(dtype_of(cfg)))
             features.append(in_order(F.normalize(cls_BD.float(), dim=1)).to(keep or device))
@@ -47,12 +46,6 @@ def extract_features(backbone, source, cfg, device, what="features", keep=None):
             bar.update(len(label_B) * world)
     # With several ranks the first images come again at the end, to fill the last batch.
     return torch.cat(features)[: len(source)], torch.cat(labels)[: len(source)]
-
-
-def in_order(own):
-    """The rows of all ranks, each of which has every `world`-th, as the source has them."""
-    rows, _ = gather_from_ranks(own)
-    return rows.unflatten(0, (ranks()[1], -1)).transpose(0, 1).flatten(0, 1)
 
 
 # ---- cache ---------------------------------------------------------------------------------------
@@ -111,18 +104,14 @@ def source_words(source):
     if hasattr(source, "index"):  # files, or shards of them
         yield hashlib.sha256(source.index.names.tobytes()).hexdigest()
         yield hashlib.sha256(source.index.slices.tobytes()).hexdigest()
-        names = (Path(source.root, source.name(i)) for i in range(len(source)))
-        for path in source.index.shards or names:
-            yield stamp(path)
+        names = [str(Path(source.root, source.name(i))) for i in range(len(source))]
+        paths = source.index.shards or names
+        yield [paths, stamps(paths)]
     elif getattr(source.images, "filename", None):  # an array that is left on the disk
-        yield [stamp(source.images.filename), source.images.offset, source.images.shape]
+        file = source.images.filename
+        yield [str(file), stamps([file]), source.images.offset, source.images.shape]
     else:
         yield hashlib.sha256(np.ascontiguousarray(source.images)).hexdigest()
-
-
-def stamp(path):
-    status = os.stat(path)
-    return str(path), status.st_size, status.st_mtime_ns
 
 
 # ---- floors --------------------------------------------------------------------------------------

@@ -66,15 +66,21 @@ def make_index(names, classes_of, shards=(), slices=()):
     )
 
 
+def first_process():
+    """Whether this is the process that speaks for all (workers of a loader have its number)."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def warn(text):
     """One line on stderr, from the first process only."""
-    if os.environ.get("RANK", "0") == "0":
+    if first_process():
         print(f"warning: {text}", file=sys.stderr)
 
 
 def progress(items=None, **kwargs):
-    """A bar that shows only in a terminal, and only if it takes more than two seconds."""
-    return tqdm(items, delay=2, disable=None, leave=False, **kwargs)
+    """A bar of the first process, in a terminal only, and if it takes more than two seconds."""
+    hidden = None if first_process() else True  # None: unless this is a terminal
+    return tqdm(items, delay=2, disable=hidden, leave=False, **kwargs)
 
 
 # ---- cache --------------------------------------------------------------------------------------

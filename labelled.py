@@ -23,7 +23,6 @@ import augment
 import data
 from config import UserError
 from data import Order, Part
-from parallel import gather_from_ranks, ranks
 from sources import Files, open_source, read_or_next, split_folder
 
 UNKNOWN = -1
@@ -189,12 +188,6 @@ class Numbered(Part):
         return i
 
 
-def of_all_ranks(own, total):
-    """The rows of all ranks, each of which has every `world`-th, in the order of the source."""
-    rows, _ = gather_from_ranks(own)
-    return rows.unflatten(0, (ranks()[1], -1)).transpose(0, 1).flatten(0, 1)[:total]
-
-
 class RandomCrops:
     """Position in an endless shuffle of some rows of a source -> (crop (C, S, S), row)."""
 
@@ -222,14 +215,11 @@ def augmented_batches(source, rows, cfg, iterations, batch, device, seed=0, rank
 
     The official augmentation of a probe: crops of 8 to 100 % of the area, and flips.
     """
-    mean, std = (
-        torch.tensor(x, device=device)[:, None, None] for x in (cfg.data.mean, cfg.data.std)
-    )
     batches = DataLoader(
         RandomCrops(source, rows.tolist(), cfg.crops.global_size, seed),
         batch_sampler=list(positions(iterations, batch, rank, world)),
         **data.worker_options(cfg),
     )
     for image_BCSS, row_B in data.one_line_errors(batches):
-        scale = 255 if image_BCSS.dtype == torch.uint8 else 1
-        yield (image_BCSS.to(device, non_blocking=True) / scale - mean) / std, row_B
+        image_BCSS = image_BCSS.to(device, non_blocking=True)
+        yield data.normalised(image_BCSS, cfg.data.mean, cfg.data.std), row_B

@@ -30,11 +30,11 @@ def sinkhorn_knopp(score_NK, temp, iterations=3):
 
     Returns (N, K) fp32. Rows belong to one process, columns span them all, and so does N.
     """
-    N = sum_over_ranks(torch.tensor(float(len(score_NK)), device=score_NK.device))
+    N = sum_over_ranks(torch.full((), float(len(score_NK)), device=score_NK.device))
     K, (Q_NK, row_N) = score_NK.shape[1], exponentials(score_NK, temp)
     # A step changes one factor of every column or row; Q is written when the last ones are known.
     for _ in range(iterations):
-        column_K = N / (K * sum_over_ranks(row_N @ Q_NK))
+        column_K = N / (K * sum_over_ranks(torch.mv(Q_NK.T, row_N)))  # mv is fp32, mm may be TF32
         row_N = 1 / (Q_NK @ column_K)
     return Q_NK.mul_(column_K).mul_(row_N.unsqueeze(1))
 
@@ -95,7 +95,7 @@ class SoftmaxCentering(nn.Module):
     def forward(self, score_NK, temp):
         score_NK = score_NK.float()
         target_NK = ((score_NK - self.center) / temp).softmax(dim=1)
-        count = sum_over_ranks(torch.tensor(float(len(score_NK)), device=score_NK.device))
+        count = sum_over_ranks(torch.full((), float(len(score_NK)), device=score_NK.device))
         mean_K = sum_over_ranks(score_NK.sum(dim=0)) / count.clamp(min=1)
         # A batch without a masked patch says nothing about the centre.
         self.center.lerp_(mean_K, (1 - self.momentum) * (count > 0))
@@ -193,8 +193,7 @@ def koleo_loss(x_BD, over_all_ranks=False, eps=1e-8):
         return x_BD.sum() * 0
     with torch.no_grad():
         cosine_BG = x_BD @ all_GD.T
-        own = torch.arange(len(x_BD), device=x_BD.device)
-        cosine_BG[own, first + own] = -1  # nobody is his own neighbour
+        cosine_BG.diagonal(first).fill_(-1)  # nobody is his own neighbour
         nearest_B = cosine_BG.argmax(dim=1)  # on the sphere, a high cosine is a small distance
     # eps inside the difference keeps the gradient of equal features finite.
     distance_B = (x_BD - all_GD[nearest_B] + eps).norm(dim=-1)

@@ -21,7 +21,6 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed._functional_collectives import all_gather_single
 from torch.distributed.rendezvous import rendezvous
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
@@ -58,9 +57,29 @@ def whole(x):
 def gather_from_ranks(x_BD):
     """Rows of all processes (G, D) with gradient, and where this process' own rows begin."""
     rank, world = ranks()
-    if world == 1:
-        return x_BD, 0
-    return all_gather_single(x_BD, 0, dist.group.WORLD), rank * len(x_BD)
+    return (x_BD, 0) if world == 1 else (GatherRows.apply(x_BD), rank * len(x_BD))
+
+
+class GatherRows(torch.autograd.Function):
+    """The rows of all processes; the gradient of a row is the sum of what all of them say of it."""
+
+    @staticmethod
+    def forward(ctx, x_BD):
+        x_BD = x_BD.contiguous()
+        parts = [torch.empty_like(x_BD) for _ in range(ranks()[1])]
+        dist.all_gather(parts, x_BD)
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx, grad_GD):
+        rank, world = ranks()
+        return sum_over_ranks(grad_GD.clone()).chunk(world)[rank]
+
+
+def in_order(own):
+    """The rows of all processes, each of which has every `world`-th, in the order of the whole."""
+    rows, _ = gather_from_ranks(own)
+    return rows.unflatten(0, (ranks()[1], -1)).transpose(0, 1).flatten(0, 1)
 
 
 def lists_of_ranks(items, group=None):
@@ -91,6 +110,17 @@ def pick_device(name):
             f"use torchrun --nproc_per_node={torch.cuda.device_count()}"
         )
     return torch.device(name, index)
+
+
+@contextlib.contextmanager
+def without_tf32():
+    """fp32 matrix products in fp32, although process_group allows TF32; also a decorator."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def multiplies_bf16(device):
@@ -173,7 +203,7 @@ def own_store():
 
 @contextlib.contextmanager
 def process_group(cfg):
-    """Join the processes that torchrun started, and yield (device, rank, world).
+    """Join the processes that torchrun started, and yield the device of this one.
 
     Raises UserError when launch line and config do not fit together, RankError when another
     process died or does not answer.
@@ -188,7 +218,7 @@ def process_group(cfg):
         if cfg.parallel != "none":
             backend = "nccl" if device.type == "cuda" else "gloo"
             dist.init_process_group(backend, timeout=timedelta(seconds=seconds), **own_store())
-        yield device, *ranks()
+        yield device
     except RuntimeError as error:  # of which gloo's have no class of their own
         if not isinstance(error, dist.DistError) and "gloo" not in str(error):
             raise
@@ -316,9 +346,7 @@ def replicate(network, cfg):
     """DDP: every rank has the whole network; gradients are averaged while backward runs."""
     if cfg.parallel != "ddp":
         return network
-    return nn.parallel.DistributedDataParallel(
-        network, forward_sync_buffers=False, gradient_as_bucket_view=True
-    )
+    return nn.parallel.DistributedDataParallel(network, gradient_as_bucket_view=True)
 
 
 def synchronized(model, now):

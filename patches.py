@@ -20,7 +20,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from data import resize
+from data import normalised, resize
 
 SHORT_SIDE = 32  # patches: what a larger picture is reduced to, unless a size is asked for
 FINE = 24  # rows and columns that a map has at least, if need be by shifts
@@ -40,8 +40,7 @@ def to_pixels(image, patch, mean, std, size=0):
     factor = (size or min(short, SHORT_SIDE * patch)) / short
     height, width = (max(1, round(n * factor / patch)) * patch for n in (height, width))
     pixels = torch.tensor(resize(image, height, width)).permute(2, 0, 1)
-    mean, std = (torch.tensor(v)[:, None, None] for v in (mean, std))
-    return ((pixels / (255 if image.dtype == np.uint8 else 1) - mean) / std)[None]
+    return normalised(pixels, mean, std)[None]
 
 
 def shifted(pixels, patch, shifts):

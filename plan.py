@@ -51,7 +51,7 @@ from augment import batch_masks
 from config import UserError
 from dinov2 import ema_update
 from optim import clip_each_part, schedules, set_schedule
-from parallel import check_batch, dtype_of, process_group, replicate
+from parallel import check_batch, dtype_of, process_group, ranks, replicate
 
 
 class GPU(NamedTuple):
@@ -199,7 +199,7 @@ def empty_parts(cfg, images):
         *data.index_masks(torch.from_numpy(masks)),
         skipped=[],
     )
-    return data.split(batch, cfg.accumulate) if cfg.accumulate > 1 else [batch]
+    return data.split(batch, cfg.accumulate)
 
 
 def filled(parts, device):
@@ -280,11 +280,12 @@ def size(tensors):
 # ---- the same for real ---------------------------------------------------------------------------
 
 
-def real_peak(cfg, device, world):
+def real_peak(cfg, device):
     """Take two steps and return the most bytes that PyTorch's allocator had given out."""
     with profile(profile_memory=True) if device.type == "cpu" else contextlib.nullcontext() as seen:
         student, *others = train.build(cfg, device)
-        model, parts = replicate(student, cfg), filled(empty_parts(cfg, cfg.batch // world), device)
+        images = cfg.batch // ranks()[1]
+        model, parts = replicate(student, cfg), filled(empty_parts(cfg, images), device)
         for _ in range(2):
             take_step(cfg, model, *others, parts, student)
     if device.type == "cuda":
@@ -360,8 +361,8 @@ def main(argv):
         raise UserError(f"gpu={o.gpu} is unknown: use one of {', '.join(GPUS)}")
     real = None
     if "RANK" in os.environ:
-        with process_group(cfg) as (device, _, world):
-            o.gpus, real = world, real_peak(cfg, device, world)
+        with process_group(cfg) as device:
+            o.gpus, real = ranks()[1], real_peak(cfg, device)
     if os.environ.get("RANK", "0") == "0":
         print(
             f"{cfg.vit.size}/{cfg.vit.patch}, {o.gpus} x {o.gpu}, parallel={cfg.parallel}, "

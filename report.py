@@ -29,6 +29,7 @@ from parallel import (
     lists_of_ranks,
     multiplies_bf16,
     peak_memory,
+    ranks,
     sum_over_ranks,
 )
 from results import FLOORS, draw_crops
@@ -49,21 +50,21 @@ COLLAPSE = {
 class Reporter:
     """Follows a run from its first to its last step."""
 
-    def __init__(self, cfg, source, held_out, student, device, rank, world, start, name=""):
+    def __init__(self, cfg, source, held_out, student, device, start, name=""):
         """name: of the student where there are several, to tell their lines apart."""
         self.name = f"{name}: " if name else ""
-        self.cfg, self.device, self.rank, self.world = cfg, device, rank, world
+        self.cfg, self.device, (self.rank, self.world) = cfg, device, ranks()
         self.out, self.images = Path(cfg.out), len(source)
         self.met, self.warned, self.writers = [], set(), []
         self.waited, self.last = 0.0, (start, time.time())
         self.seconds_before, self.floors = 0.0, {}
         lines = self.earlier_lines(start)
-        if rank == 0:
+        if self.rank == 0:
             self.open_folder(lines, start)
-            print(start_card(cfg, source, held_out, student, device, world, start), flush=True)
+            print(start_card(cfg, source, held_out, student, device, start), flush=True)
             if cfg.log.pictures and start == 0:
                 draw_crops(source, cfg, self.out / "crops.png")
-        self.live = Live(cfg.steps, start, rank == 0 and sys.stderr.isatty(), self.name)
+        self.live = Live(cfg.steps, start, self.rank == 0 and sys.stderr.isatty(), self.name)
 
     def earlier_lines(self, start):
         """The log up to the checkpoint, of which it may be ahead; remembers some of it."""
@@ -102,7 +103,7 @@ class Reporter:
 
     def step(self, done, log, now):
         """Report a step: its number from 1, what it logged (tensors), and its schedule."""
-        values = torch.stack([torch.as_tensor(v, device=self.device).float() for v in log.values()])
+        values = torch.stack([v.float() for v in log.values()])
         values = (sum_over_ranks(values) / self.world).tolist()  # one wait, one reduction
         self.tell_skipped()
         if self.rank:
@@ -277,12 +278,12 @@ def replace_text(path, text):
 # ---- at the start --------------------------------------------------------------------------------
 
 
-def start_card(cfg, source, held_out, student, device, world, start):
+def start_card(cfg, source, held_out, student, device, start):
     """Everything one asks before a long run, on one screen."""
     parts = {
         name: sum(p.numel() for p in part.parameters()) for name, part in student.named_children()
     }
-    lr = scaled_lr(cfg.optim.lr, cfg.batch)
+    lr, world = scaled_lr(cfg.optim.lr, cfg.batch), ranks()[1]
     never = ", which it never reaches: optim.warmup is longer than the run"
     values = dinov2.start_values(cfg)
     attention = cfg.attention

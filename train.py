@@ -91,8 +91,7 @@ def to_device(batch, cfg, device):
 
 def micro_batches(batch, cfg, device):
     """The parts in which a process works through its batch, on the device."""
-    parts = data.split(batch, cfg.accumulate) if cfg.accumulate > 1 else [batch]
-    return [to_device(part, cfg, device) for part in parts]
+    return [to_device(part, cfg, device) for part in data.split(batch, cfg.accumulate)]
 
 
 def backward(model, teacher, centers, parts, temp, cfg, scaler, rng, health):
@@ -133,11 +132,11 @@ class Run:
         """What to say of a run that has nothing left to do, else ""."""
         return finished(self.cfg) if self.start == self.cfg.steps else ""
 
-    def open(self, source, held_out, rank, world, name=""):
+    def open(self, source, held_out, name=""):
         """Begin the report of the run on these images; name: of one student among several."""
         self.source, self.held_out = source, held_out
         self.report = Reporter(
-            self.cfg, source, held_out, self.student, self.device, rank, world, self.start, name
+            self.cfg, source, held_out, self.student, self.device, self.start, name
         )
 
     def evaluate(self, step, known=None):
@@ -182,13 +181,13 @@ def main(argv):
     cfg = config.load(*command.main_arguments(argv, __doc__))
     if cfg.distill.teacher:
         raise config.UserError(f"distill.teacher is set: use distill.py {argv[0]}, or leave it out")
-    with process_group(cfg) as (device, rank, world):
+    with process_group(cfg) as device:
         if cfg.head_steps and not checkpoints(cfg.out):
-            train_heads(cfg, device, rank, world)
-        train(cfg, device, rank, world)
+            train_heads(cfg, device)
+        train(cfg, device)
 
 
-def train_heads(cfg, device, rank, world):
+def train_heads(cfg, device):
     """Train fresh heads on the frozen backbone of cfg.init_from, as a run of its own in out/heads.
 
     Its schedules are those of the config, compressed. Afterwards cfg starts from its result.
@@ -197,12 +196,12 @@ def train_heads(cfg, device, rank, world):
     compress(first, cfg.head_steps)
     first.out, first.head_steps, first.optim.freeze_backbone = f"{cfg.out}/heads", 0, True
     first.vit.drop_path = 0.0
-    train(first, device, rank, world)
+    train(first, device)
     cfg.init_from, cfg.init_heads, cfg.head_steps = first.out, True, 0
 
 
-def train(cfg, device, rank, world):
-    watch = Watch(device, rank)
+def train(cfg, device):
+    watch, (rank, world) = Watch(device), ranks()
 
     # ---- images; networks and optimiser, those of an interrupted run as they were ----
     source = data.open_source(cfg.data.root, cfg, "train")
@@ -210,7 +209,7 @@ def train(cfg, device, rank, world):
     run = Run(cfg, device)
     if words := run.finished():
         return print_once(words)
-    run.open(source, held_out, rank, world)
+    run.open(source, held_out)
 
     # ---- the loop: every number is a function of the step, so there is nothing else to resume ----
     batches = run.report.waiting(data.loader(cfg, source, run.start, rank, world))
@@ -253,6 +252,20 @@ def print_once(words):
         print(words, flush=True)
 
 
+def on_its_way(x):
+    """Send a tensor to the CPU; returns what waits for it, and not for later work of the device."""
+    if not x.is_cuda:
+        return x.cpu
+    there, arrived = x.to("cpu", non_blocking=True), torch.cuda.Event()
+    arrived.record()
+
+    def receive():
+        arrived.synchronize()
+        return there
+
+    return receive
+
+
 def seeded(words):
     """A torch.Generator that depends on nothing but these words."""
     return torch.Generator().manual_seed(random.Random(words).getrandbits(63))
@@ -261,12 +274,12 @@ def seeded(words):
 class Watch:
     """Non-finite numbers, SIGTERM and Ctrl-C: noticed by all ranks in the same step.
 
-    All are flags on the device, and they are read one step later, when the answer is there: the
-    loop never waits for the device because of them.
+    All are flags on the device, sent to the CPU at once and read one step later, when they are
+    there: the loop never waits for the device because of them.
     """
 
-    def __init__(self, device, rank):
-        self.device, self.rank = device, rank
+    def __init__(self, device):
+        self.device, self.rank = device, ranks()[0]
         self.signal, self.saved, self.pending = 0, False, []
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self.remember)
@@ -289,10 +302,10 @@ class Watch:
         if not scaled:  # which skips a step itself, as fp16 gradients may overflow
             numbers += norms.values()
         bad = (~torch.isfinite(torch.stack(numbers))).any().float()
-        flags = max_over_ranks(torch.stack((bad, bad.new_tensor(float(self.signal)))))
+        flags = max_over_ranks(torch.stack((bad, torch.full_like(bad, self.signal))))
         if not scaled:
             run.optimizer.found_inf = flags[0]
-        self.pending.append((step, flags, log | norms, run.cfg.out))
+        self.pending.append((step, on_its_way(flags), log | norms, run.cfg.out))
 
     def check(self, step):
         """The signal to stop for, or 0, from the steps up to this one (the newest makes it wait).
@@ -302,7 +315,7 @@ class Watch:
         asked_to_stop = 0
         while self.pending and self.pending[0][0] <= step:
             at, flags, log, out = self.pending.pop(0)
-            bad, number = flags.tolist()
+            bad, number = flags().tolist()
             if bad:
                 terms = [f"{k}={v.item():.4g}" for k, v in log.items() if not torch.isfinite(v)]
                 raise config.UserError(

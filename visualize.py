@@ -32,7 +32,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 import eval_knn
 import history
@@ -41,6 +40,7 @@ import sheets
 from command import report_errors, take_options
 from config import UserError, writing
 from data import Part, evaluation_images, open_source
+from index import progress
 from parallel import pick_device
 from patches import attention_maps, foreground, patch_features, pca_colours
 from sources import decode, read_or_next
@@ -89,7 +89,7 @@ class Network:
 
     def features(self, images, o):
         more = o.size, o.shifts, o.window, o.layer
-        bar = tqdm(images, "patch features", unit=" images", leave=False, disable=None)
+        bar = progress(images, desc="patch features", unit=" images")
         return [patch_features(self.net, image, *self.norm, *more) for image in bar]
 
     def check(self, o):
@@ -133,7 +133,7 @@ def attention(network, files, o, path):
     columns = len(heads) + (2 if o.head < 0 else 1)
     columns = columns if columns <= 14 else -(-columns // 2)
     side = min(max(1300 // columns, 140), 260)
-    for file in tqdm(files, "attention", unit=" images", leave=False, disable=None):
+    for file in progress(files, desc="attention", unit=" images"):
         image = network.read(file)
         maps, shares = attention_maps(network.net, image, *network.norm, o.layer, o.size, o.shifts)
         for token, (map_AHW, share_A) in enumerate(zip(maps, shares, strict=True)):

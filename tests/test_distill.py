@@ -215,7 +215,7 @@ def test_the_average_of_the_student_is_what_evaluation_loads(two):
 
 def test_the_teacher_is_the_one_of_the_file(folder):
     cfg = config.load(words(folder, "x")[0], words(folder, "x")[1:])
-    teacher = distill.open_teacher(cfg, torch.device("cpu"), 0, 1)
+    teacher = distill.open_teacher(cfg, torch.device("cpu"))
     saved = checkpoint.read(folder / "teacher" / "teacher.pt")
     for name, value in teacher.named_parameters():
         part, _, key = name.partition(".")
@@ -254,9 +254,9 @@ def heads_on_a_rank(folder, changes):
     given = [f"init_from={folder / 'teacher'}", "head_steps=2", "steps=2", "vit.size=micro"]
     line = tiny(folder / f"heads {changes['parallel']}", folder / "photos", *SINKHORN, *given)
     line += ["loss.koleo_all_ranks=true", "vit.drop_path=0", f"parallel={changes['parallel']}"]
-    cfg, place = config.load(line[0], line[1:]), (torch.device("cpu"), *ranks.ranks())
-    train.train_heads(cfg, *place)
-    train.train(cfg, *place)
+    cfg, device = config.load(line[0], line[1:]), torch.device("cpu")
+    train.train_heads(cfg, device)
+    train.train(cfg, device)
 
 
 def on_a_rank(folder, changes):
@@ -265,8 +265,7 @@ def on_a_rank(folder, changes):
     line = words(folder, out, "loss.koleo_all_ranks=true", "distill.students=[nano,micro]")
     line += [f"{key}={value}" for key, value in changes.items()]
     cfg = config.load(line[0], line[1:])
-    device, (rank, world) = torch.device("cpu"), ranks.ranks()
-    distill.distill(cfg, distill.student_configs(cfg), device, rank, world)
+    distill.distill(cfg, distill.student_configs(cfg), torch.device("cpu"))
 
 
 def terms_of(out):
@@ -314,7 +313,7 @@ def test_a_teacher_without_heads_first_gets_some_on_its_frozen_backbone(tmp_path
     logged = [line["ibot"] for line in log_of(out / "heads") if "loss" in line]
     assert len(logged) == 3 and max(logged) > 0  # the head of the patches is trained too
     cfg = config.load(line[0], line[1:])
-    teacher = distill.open_teacher(cfg, torch.device("cpu"), 0, 1)
+    teacher = distill.open_teacher(cfg, torch.device("cpu"))
     assert torch.equal(teacher.dino_head.mlp[0].weight, heads["dino_head"]["mlp.0.weight"])
 
 

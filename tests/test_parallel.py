@@ -95,7 +95,7 @@ def train(folder, changes, steps=10, save_at=None, resume=False):
     for step, batch in zip(range(start, steps), batches, strict=False):
         now, rng = schedules(step, cfg), seeded(f"{step} {rank}")
         set_schedule(optimizer, now)
-        micro = data.split(batch, cfg.accumulate) if cfg.accumulate > 1 else [batch]
+        micro = data.split(batch, cfg.accumulate)
         micro = [to_device(part, cfg, CPU) for part in micro]
         log = backward(model, teacher, centers, micro, now.teacher_temp, cfg, scaler, rng, False)
         finish_step(student, teacher, optimizer, cfg, now, log, run)

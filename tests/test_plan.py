@@ -26,7 +26,8 @@ def one():
 # ---- against a real step -------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("mode", [pytest.param("ddp", marks=pytest.mark.slow), "fsdp"])
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["ddp", "fsdp"])
 def test_two_real_ranks_take_the_memory_that_was_planned(mode):
     words = [f"data.root={ROOT}", f"parallel={mode}", "batch=128", "vit.drop_path=0.2"]
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
@@ -41,7 +42,7 @@ def test_two_real_ranks_take_the_memory_that_was_planned(mode):
 def test_a_real_process_takes_the_memory_that_was_planned(one):
     cfg = config.load(running.TINY, [f"data.root={ROOT}", "vit.drop_path=0"])
     cfg.attention = "sdpa"
-    real = plan.real_peak(cfg, plan.torch.device("cpu"), 1)
+    real = plan.real_peak(cfg, plan.torch.device("cpu"))
     assert one.peak == pytest.approx(real, rel=0.1)
 
 

@@ -94,7 +94,7 @@ def test_the_card_says_that_a_learning_rate_never_reaches_its_peak():
     cfg = Config()
     for steps, said in [(20, True), (200, False)]:
         cfg.steps, cfg.optim.warmup = steps, 100
-        card = report.start_card(cfg, Images([0]), None, nn.Sequential(), torch.device("cpu"), 1, 0)
+        card = report.start_card(cfg, Images([0]), None, nn.Sequential(), torch.device("cpu"), 0)
         assert ("never reaches: optim.warmup" in " ".join(card.split())) == said
 
 
