@@ -47,8 +47,7 @@ class Checkpoints:
     def __init__(self, cfg, student, teacher, centers, optimizer, scaler):
         self.cfg, self.networks, self.centers = cfg, (student, teacher), centers
         self.optimizer, self.scaler = optimizer, scaler
-        copies = StagingOptions(False, False, False, False)  # plain ones; reused by the next save
-        self.stager, self.writing = DefaultStager(copies), None
+        self.writing = None
         # A new thread begins on GPU 0, and would take memory there for each rank of the machine.
         gpu = torch.cuda.current_device() if torch.cuda.is_initialized() else -1  # -1: leave it
         self.thread = ThreadPoolExecutor(1, initializer=torch.cuda.set_device, initargs=(gpu,))
@@ -74,7 +73,9 @@ class Checkpoints:
         """Take what the run is after `step` steps; all ranks call it. Raises like wait()."""
         self.wait()
         card = {"step": step, "config": to_dict(self.cfg), "scaler": self.scaler.state_dict()}
-        copy = self.stager.stage(self.tensors())
+        stager = DefaultStager(StagingOptions(False, False, False, False))  # plain copies
+        copy = stager.stage(self.tensors())
+        stager.close()
         self.writing = self.thread.submit(write, copy, card, Path(self.cfg.out), self.group)
 
     def wait(self):
