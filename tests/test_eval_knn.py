@@ -42,6 +42,20 @@ def votes_of(golden, **settings):
     )  # fmt: skip
 
 
+def test_votes_are_counted_without_tf32_and_training_gets_it_back(golden, monkeypatch):
+    seen, nearest = [], eval_knn.nearest
+
+    def spy(*given):
+        seen.append(torch.get_float32_matmul_precision())
+        return nearest(*given)
+
+    monkeypatch.setattr(eval_knn, "nearest", spy)
+    torch.set_float32_matmul_precision("high")
+    votes_of(golden)
+    assert set(seen) == {"highest"} and torch.get_float32_matmul_precision() == "high"
+    torch.set_float32_matmul_precision("highest")
+
+
 def test_votes_and_accuracies_are_the_official_ones(golden):
     for k, vote in votes_of(golden).items():
         # fp32 sums of up to 20 weights in another order; the smallest margin of a win is 0.0066

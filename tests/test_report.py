@@ -19,6 +19,7 @@ from running import ROOT, Run, log_of, make_photos, run, tiny
 from torch import nn
 
 import report
+import results
 from config import Config
 
 TERMS = ["dino_global", "dino_local", "ibot", "koleo"]
@@ -85,6 +86,13 @@ def test_the_card_says_what_one_asks_before_a_long_run(whole):
         "dino_global 1.155, dino_local 2.310, ibot 1.733", "ln K = 3.47", str(whole[0]),
     ]:  # fmt: skip
         assert text in card, text
+
+
+def test_pixels_that_would_fill_the_memory_are_no_floor(monkeypatch):
+    monkeypatch.setattr(results.eval_knn, "evaluate", lambda *_: {"knn_20": 50.0})
+    for images, fit in (9_469, True), (1_281_167, False):  # Imagenette, ImageNet; at 224 px
+        found = results.evaluate(None, (range(images), []), Config(), None, floors=True)
+        assert ("knn_pixels" in found) == fit and found["knn_random"] == 50.0
 
 
 def test_the_card_says_that_a_learning_rate_never_reaches_its_peak():
