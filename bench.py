@@ -17,8 +17,10 @@ Shapes:  B images   T large crops (2)   S all crops   D channels   K prototypes 
 
 import dataclasses
 import io
+import os
 import random
 import sys
+import tempfile
 import time
 from functools import partial
 from itertools import pairwise
@@ -330,6 +332,9 @@ def arguments(argv):
 @command.report_errors
 def main(argv):
     what, cfg, peers, folder = arguments(argv)
+    with config.writing(f"--to {folder}", "choose another folder"):  # not after minutes of work
+        os.makedirs(folder, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
     device = pick_device(cfg.device)
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # as train.py

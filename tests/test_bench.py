@@ -233,6 +233,7 @@ def test_knn_is_measured_on_features_of_any_number():
         (["step", "--official"], "--official: name a folder behind it"),
         (["augment", str(TINY), "lightly"], "lightly: has nothing to compare with augment"),
         (["step", "no_such.yaml"], "no_such.yaml: no such config file"),
+        (["step", str(TINY), "--to", "/dev/null/x"], "--to /dev/null/x: cannot be written"),
     ],
 )
 def test_a_wrong_word_gets_one_line(words, message, capsys):
