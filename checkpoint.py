@@ -73,7 +73,8 @@ class Checkpoints:
         """Take what the run is after `step` steps; all ranks call it. Raises like wait()."""
         self.wait()
         card = {"step": step, "config": to_dict(self.cfg), "scaler": self.scaler.state_dict()}
-        stager = DefaultStager(StagingOptions(False, False, False, False))  # plain copies
+        # Plain copies, by a stager for each save: that of PyTorch 2.11 does not serve a second one.
+        stager = DefaultStager(StagingOptions(False, False, False, False))
         copy = stager.stage(self.tensors())
         stager.close()
         self.writing = self.thread.submit(write, copy, card, Path(self.cfg.out), self.group)

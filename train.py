@@ -201,6 +201,7 @@ def train_heads(cfg, device):
 
 
 def train(cfg, device):
+    """One run, from opening its images to its report."""
     watch, (rank, world) = Watch(device), ranks()
 
     # ---- images; networks and optimiser, those of an interrupted run as they were ----
