@@ -80,7 +80,7 @@ def block_diagonal(groups, device):
 
 
 def fastest(device, dtype):
-    """The backend that `auto` stands for; `python bench.py attention` measures them all.
+    """The backend that `auto` stands for; `python -m bench attention` measures them all.
 
     In bf16 on a CPU, forward and backward of the fused kernel took 2 to 12 times as long as plain
     attention for 17 to 785 tokens (AMD Zen 5, PyTorch 2.13); in fp32 plain attention took up to 1.3

@@ -4,7 +4,7 @@ A run is configured by one yaml file and by `key=value` words after it on the co
     torchrun train.py config.yaml out=runs/x optim.lr=1e-3
 A yaml section is one dataclass below. The defaults are those of the official ViT-L/16 short set-up
 (ssl_default_config.yaml), so a yaml only says what is different. The comment behind a field (unit,
-what it does, what to try) is also what `--help` prints (command.py): it is read from this source.
+what it does, what to try) is also what `--help` prints (config.py): it is read from this source.
 A file that is wrong raises UserError: one line, with the key, what is wrong and what to do.
 """
 
@@ -12,10 +12,15 @@ import contextlib
 import difflib
 import functools
 import inspect
+import json
 import math
+import os
 import re
+import sys
+import time
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import get_origin
 
 import yaml
@@ -286,9 +291,13 @@ def nearest(key):
     last_part = {name.rpartition(".")[2]: name for name in reversed(known)}
     for word in [key, key.rpartition(".")[2]]:
         for names in [whole, last_part]:
-            for close in difflib.get_close_matches(word, names, n=1, cutoff=0.7):
+            for close in alike(word, names, 0.7):
                 return f"did you mean {names[close]}?"
     return "--help lists them all"
+
+
+def alike(word, names, cutoff):
+    return difflib.get_close_matches(word, names, 1, cutoff)
 
 
 EXPECTED = {
@@ -445,3 +454,70 @@ def documented():
             elif more := re.match(r"    # (.+)", line):  # goes on from the line before
                 rows.append(("", more[1]))
     return rows
+
+
+# ---- command line -----------------------------------------------------------------------------
+
+
+def main_arguments(argv, usage):
+    """(first word, the others) of the command line; prints the help for -h, --help and no words."""
+    if not argv or "-h" in argv or "--help" in argv:
+        print(help_text(usage))
+        sys.exit(0 if argv else 2)
+    return argv[0], argv[1:]
+
+
+def help_text(usage):
+    """What --help prints: usage, examples, and every key with its default and comment."""
+    lines, section = [usage.strip("\n")], None
+    for key, comment in documented():
+        if key and key.rpartition(".")[0] != section:
+            section = key.rpartition(".")[0]
+            lines += ["", f"{section}:" if section else f"{'key':<28}{'default':<23}meaning"]
+        default = shown(lookup(Config(), key)) if key else ""
+        lines.append(f"  {key:<26}{default:<23}{comment}")
+    return "\n".join(lines)
+
+
+def take_options(words, defaults):
+    """A program's own options, by their defaults, out of key=value words: (namespace, the rest).
+
+    Raises UserError where a value is not of the default's type, or a word is almost an option.
+    """
+    options, rest = SimpleNamespace(**defaults), []
+    for word in words:
+        key, equals, text = word.partition("=")
+        if equals and key in defaults:
+            kind = type(defaults[key])
+            setattr(options, key, convert(parsed(text, kind), kind, key, f"override {word}"))
+        elif equals and not type_of(key) and (near := alike(key, defaults, 0.8)):
+            raise UserError(f"override {word}: unknown key {key}; did you mean {near[0]}?")
+        else:
+            rest.append(word)
+    return options, rest
+
+
+def report_errors(main):
+    """Decorator of an entry point: a UserError becomes one line on stderr and exit code 2."""
+
+    @functools.wraps(main)
+    def run(*args, **kwargs):
+        try:
+            return main(*args, **kwargs)
+        except UserError as error:
+            # What all processes of a run have to say is said once, by the first.
+            if os.environ.get("RANK", "0") == "0" or isinstance(error, RankError):
+                print("error: " + " ".join(str(error).split()), file=sys.stderr)
+            tell_launcher(str(error))
+            sys.exit(2)
+        except KeyboardInterrupt:
+            sys.exit(130)
+
+    return run
+
+
+def tell_launcher(text):
+    """Make torchrun end its own report of a failed process with this line."""
+    if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        extra = {"py_callstack": text, "timestamp": str(int(time.time()))}
+        Path(path).write_text(json.dumps({"message": {"message": text, "extraInfo": extra}}))

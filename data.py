@@ -6,7 +6,7 @@ The one idea: everything is a function of the position in an endless stream of i
     masks    of step s       drawn with random.Random("<seed> masks <s>")
     step s   of rank r       positions s * G + r * B up to s * G + (r + 1) * B,  B = G / ranks
 So the number of ranks and workers changes nothing, each epoch has each image once, and to resume it
-is enough to know the step. Where the images come from is sources.py.
+is enough to know the step. Where the images come from is images/sources.py.
 
 Crops are uint8 here; their colours are changed on the training device (augment.py).
 
@@ -30,7 +30,7 @@ from torch.utils.data import DataLoader
 
 import augment
 from config import UserError
-from sources import open_source, read_or_next, split_folder
+from images.sources import open_source, read_or_next, split_folder
 
 # More workers than cores are no mistake where images come over a network: they wait side by side.
 warnings.filterwarnings("ignore", message="This DataLoader will create")
@@ -316,9 +316,3 @@ def normalised(pixels, mean, std):
     """Pixels (.., C, H, W), uint8 or in 0..1, brought to the given mean and std of each channel."""
     mean, std = (torch.tensor(v, device=pixels.device)[:, None, None] for v in (mean, std))
     return (pixels / (255 if pixels.dtype == torch.uint8 else 1) - mean) / std
-
-
-if __name__ == "__main__":
-    from prepare import main
-
-    main(sys.argv[1:])

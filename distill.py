@@ -24,18 +24,16 @@ from pathlib import Path
 
 import torch
 
-import command
 import config
 import data
 from config import UserError
 from dinov2 import ask_teacher, build_network, ibot_prototypes, teach_student
 from optim import schedules
 from parallel import process_group, ranks, synchronized, wrap
-from results import evaluate
-from start import put_parts, read_parts, vit_of
 from train import Run, Watch, micro_batches, print_once, reporting, save_or_leave, train_heads
 from vit import SIZES
-from weights import teacher_file
+from weights.load import teacher_file
+from weights.start import put_parts, read_parts, vit_of
 
 USAGE = """
 usage: torchrun distill.py CONFIG.yaml distill.teacher=RUN [key=value ...]
@@ -50,9 +48,9 @@ A key that the yaml does not mention has the default below.
 """
 
 
-@command.report_errors
+@config.report_errors
 def main(argv):
-    cfg = config.load(*command.main_arguments(argv, USAGE))
+    cfg = config.load(*config.main_arguments(argv, USAGE))
     students = student_configs(cfg)
     teacher_file(cfg.distill.teacher)  # a missing one is refused before images are looked for
     with process_group(cfg) as device:
@@ -85,6 +83,8 @@ def distill(cfg, students, device):
         present = [run for run in runs if run.start <= step]
         known = {}
         if step == 0 and held_out:
+            from monitor.results import evaluate
+
             known["knn_teacher"] = evaluate(teacher.backbone, held_out, cfg, device)["knn"]
         for run in present:
             run.evaluate(step, known)

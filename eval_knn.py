@@ -13,6 +13,7 @@ Shapes:  N training images   M test images   D channels   C classes   k neighbou
          lower-case n, m: a chunk of them
 """
 
+import copy
 import json
 import os
 import statistics
@@ -20,18 +21,61 @@ import sys
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 
-import command
 import config
 import data
 from config import UserError
-from features import RawPixels, cached_features, extract_features, untrained
-from parallel import process_group, ranks, without_tf32
-from weights import load_backbone
+from parallel import dtype_of, in_order, process_group, progress, ranks, without_tf32
+from vit import assign
 
 NEIGHBOURS = (10, 20, 100, 200)
 TEMPERATURE = 0.07
 CHUNK_M, CHUNK_N = 4096, 16384  # similarities worked out at once: 256 MB
+
+
+# ---- features -----------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def extract_features(backbone, source, cfg, device, what="features", keep=None):
+    """L2-normalised [CLS] of every image of a source, (N, D) fp32, and labels (N,).
+
+    Each rank works on its share of the images; all of them get all features. They stay on
+    `device`, or go to `keep`: "cpu" if there are too many for the GPU.
+    """
+    # no_grad, not inference_mode: sharded weights are gathered into tensors that training uses too.
+    features, labels = [], []
+    rank, world = ranks()
+    batches = data.evaluation_batches(source, cfg, device=device, rank=rank, world=world)
+    with progress(total=len(source), desc=what, unit=" images") as bar:
+        for image_BCHW, label_B in batches:
+            cls_BD = backbone(image_BCHW.to(dtype_of(cfg)))
+            features.append(in_order(F.normalize(cls_BD.float(), dim=1)).to(keep or device))
+            labels.append(in_order(label_B.to(device)).to(keep or device))
+            bar.update(len(label_B) * world)
+    # With several ranks the first images come again at the end, to fill the last batch.
+    return torch.cat(features)[: len(source)], torch.cat(labels)[: len(source)]
+
+
+class RawPixels(torch.nn.Module):
+    """The floor: an image, standardised as the network gets it, is its own feature vector.
+
+    A harder floor than the bare values in [0, 1]: on CIFAR-10 45.9 % against 36.3 % (k = 20).
+    """
+
+    def forward(self, image_BCHW):
+        return image_BCHW.flatten(1)
+
+
+def untrained(backbone, seed):
+    """A network like this one with the weights that training with this seed begins with."""
+    fresh = copy.deepcopy(backbone)
+    assign(fresh, fresh.initial_values(torch.Generator().manual_seed(seed)))
+    return fresh
+
+
+# ---- neighbours ---------------------------------------------------------------------------------
 
 
 @without_tf32()  # as in the official evaluation; near neighbours differ by less than TF32 resolves
@@ -140,7 +184,10 @@ def evaluate(
     def extract(source, what):
         what = f"k-NN, {what} images"
         if cache:
-            return cached_features(cache, backbone, source, cfg, device, what, keep)
+            from evals.cache import cached_features
+
+            more = backbone, source, cfg, device, what, keep
+            return cached_features(cache, extract_features, *more)
         return extract_features(backbone, source, cfg, device, what, keep)
 
     training = backbone.training
@@ -196,7 +243,7 @@ OPTIONS = {"k": "", "per_class": "", "tries": 5, "cache": "", "features": ""}
 def parse(words):
     """(arguments of evaluate, whether floors are asked for, overrides of the config)."""
     floors = "--floors" in words
-    o, overrides = command.take_options([w for w in words if w != "--floors"], OPTIONS)
+    o, overrides = config.take_options([w for w in words if w != "--floors"], OPTIONS)
     if o.features not in ("", "cpu"):
         raise UserError(f"features={o.features}: write features=cpu, or leave it out")
     if o.tries < 1:
@@ -258,10 +305,12 @@ def cell(scores, name):
     return f"{scores[name]:10.2f} %" + ("" if spread is None else f" ± {spread:5.2f}").ljust(8)
 
 
-@command.report_errors
+@config.report_errors
 def main(argv):
-    run, words = command.main_arguments(argv, USAGE)
+    run, words = config.main_arguments(argv, USAGE)
     options, floors, overrides = parse(words)
+    from weights.load import load_backbone
+
     backbone, cfg = load_backbone(run, with_config=True)
     settle(cfg, overrides, backbone, run)
     train, test = sources = labelled_sources(cfg)

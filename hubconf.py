@@ -13,7 +13,7 @@ plain names (config, data, ...): a program that has imported its own by such a n
 import torch as _torch
 
 import vit as _vit
-import weights as _weights
+from weights import load as _weights
 
 dependencies = ["torch", "numpy", "yaml", "tqdm", "safetensors"]
 _SIZES = {"s": "small", "b": "base", "l": "large", "g": "giant2"}

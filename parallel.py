@@ -23,11 +23,12 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.rendezvous import rendezvous
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from tqdm import tqdm
 
 from attention import check_backend
 from config import RankError, UserError
 
-# ---- collectives ---------------------------------------------------------------------------------
+# ---- collectives --------------------------------------------------------------------------------
 
 
 def ranks():
@@ -91,7 +92,27 @@ def lists_of_ranks(items, group=None):
     return [item for own in lists for item in own]
 
 
-# ---- start ---------------------------------------------------------------------------------------
+# ---- words of the first process -----------------------------------------------------------------
+
+
+def first_process():
+    """Whether this is the process that speaks for all (workers of a loader have its number)."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def warn(text):
+    """One line on stderr, from the first process only."""
+    if first_process():
+        print(f"warning: {text}", file=sys.stderr)
+
+
+def progress(items=None, **kwargs):
+    """A bar of the first process, in a terminal only, and if it takes more than two seconds."""
+    hidden = None if first_process() else True  # None: unless this is a terminal
+    return tqdm(items, delay=2, disable=hidden, leave=False, **kwargs)
+
+
+# ---- start --------------------------------------------------------------------------------------
 
 
 def pick_device(name):
@@ -232,7 +253,7 @@ def process_group(cfg):
         dist.destroy_process_group()
 
 
-# ---- wrapping ------------------------------------------------------------------------------------
+# ---- wrapping -----------------------------------------------------------------------------------
 
 
 def wrap(network, cfg, train):

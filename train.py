@@ -14,9 +14,9 @@ and shows its default, which a key has that the yaml does not mention.
 
     RUN/log.jsonl      one object a line: step, images, loss, its terms, health signs, knn, ...
     RUN/summary.json   at the end: knn, knn_random, knn_pixels, images, seconds
-    RUN/teacher.pt     the trained teacher, for eval_knn.py, visualize.py and weights.py
+    RUN/teacher.pt     the trained teacher, for eval_knn.py, pictures/ and weights/load.py
     RUN/*.png          loss and k-NN over time, crops and masks, PCA colours before and after
-    RUN/frames/        features of a few images at each evaluation, for `visualize.py animation`
+    RUN/frames/        features of a few images at each evaluation, for the animation
 """
 
 import copy
@@ -27,13 +27,11 @@ import sys
 
 import torch
 
-import command
 import config
 import data
 from augment import colour
-from checkpoint import Checkpoints, checkpoints
 from dinov2 import build_centers, build_network, ema_update, objective
-from history import keep_frame
+from monitor.report import Reporter, finished
 from optim import clip_each_part, compress, param_groups, schedules, set_schedule
 from parallel import (
     dtype_of,
@@ -46,9 +44,7 @@ from parallel import (
     whole,
     wrap,
 )
-from report import Reporter
-from results import evaluate, final_report, finished
-from start import start_from
+from weights.checkpoint import Checkpoints, checkpoints
 
 
 def outline(cfg):
@@ -126,6 +122,8 @@ class Run:
         self.saved = Checkpoints(cfg, *networks, self.centers, self.optimizer, self.scaler)
         self.start = self.saved.load()
         if self.start == 0 and cfg.init_from:
+            from weights.start import start_from
+
             print_once(start_from(cfg, *networks))
 
     def finished(self):
@@ -138,11 +136,18 @@ class Run:
         self.report = Reporter(
             self.cfg, source, held_out, self.student, self.device, self.start, name
         )
+        if self.cfg.log.pictures and self.start == 0 and ranks()[0] == 0:
+            from pictures.history import draw_crops
+
+            draw_crops(source, self.cfg, self.report.out / "crops.png")
 
     def evaluate(self, step, known=None):
         """k-NN of the teacher, where it is due before this step; known: figures to put beside."""
         every = self.cfg.log.knn_every
         if step == 0 or (every and step % every == 0):
+            from monitor.results import evaluate
+            from pictures.history import keep_frame
+
             scores = evaluate(
                 self.teacher.backbone, self.held_out, self.cfg, self.device, floors=step == 0
             )
@@ -167,6 +172,8 @@ class Run:
 
     def finish(self):
         """The last evaluation, the pictures and summary.json."""
+        from monitor.results import final_report
+
         backbone = self.teacher.backbone
         final_report(self.report, backbone, self.source, self.held_out, self.cfg, self.device)
 
@@ -176,9 +183,9 @@ def reporting(step, cfg):
     return step == 0 or (step + 1) % cfg.log.every == 0
 
 
-@command.report_errors
+@config.report_errors
 def main(argv):
-    cfg = config.load(*command.main_arguments(argv, __doc__))
+    cfg = config.load(*config.main_arguments(argv, __doc__))
     if cfg.distill.teacher:
         raise config.UserError(f"distill.teacher is set: use distill.py {argv[0]}, or leave it out")
     with process_group(cfg) as device:

@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
 SHORT = ["steps=120", "optim.warmup=30", "log.knn_every=0", "log.pictures=false"]
-SMALLER = ('{"train": 8_000, "test": 2_000}', '{"train": 3_000, "test": 600}')  # in sources.py
+SMALLER = ('{"train": 8_000, "test": 2_000}', '{"train": 3_000, "test": 600}')
 DROP = ["vit.drop_path=0.3"]
 COLOURS = ["augment.jitter=0.8", "augment.grey=0.2", "augment.blur=[0.0,0.9,0.5]"]
 COLOURS += ["augment.solarize=[0.0,0.2,0.0]"]
@@ -93,8 +93,8 @@ CHANGES = [
         COLOURS,
         "colours changed as officially",
     ),
-    Change("purer palettes", "synthetic.py", "TINT = 0.2 ", "TINT = 0.03 "),
-    Change("copies spread evenly", "synthetic.py", "SCATTER = 0.08 ", "SCATTER = 0.01 "),
+    Change("purer palettes", "images/synthetic.py", "TINT = 0.2 ", "TINT = 0.03 "),
+    Change("copies spread evenly", "images/synthetic.py", "SCATTER = 0.08 ", "SCATTER = 0.01 "),
 ]
 
 
@@ -117,9 +117,10 @@ def train(change, out):
         return
     shutil.rmtree(folder, ignore_errors=True)
     code.mkdir(parents=True)
-    for file in [*ROOT.glob("*.py"), ROOT / "config.yaml"]:
-        shutil.copy(file, code)
-    for file, old, new in [("sources.py", *SMALLER), change[1:4]]:
+    for file in [*ROOT.glob("*.py"), *ROOT.glob("[a-z]*/*.py"), ROOT / "config.yaml"]:
+        (code / file.relative_to(ROOT)).parent.mkdir(exist_ok=True)
+        shutil.copy(file, code / file.relative_to(ROOT))
+    for file, old, new in [("images/sources.py", *SMALLER), change[1:4]]:
         if file:
             text = (code / file).read_text(encoding="utf-8")
             (code / file).write_text(patched(text, old, new, file), encoding="utf-8")

@@ -21,11 +21,10 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from ladder import write_between_marks
 
-import command
 import config
-import plot
-import synthetic
-from history import read_log, series
+from images import synthetic
+from pictures import plot
+from pictures.history import read_log, series
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -164,7 +163,7 @@ Other words are keys of the config, for all runs: steps=20
 """
 
 
-@command.report_errors
+@config.report_errors
 def main(argv):
     if {"-h", "--help"} & set(argv):
         return print(USAGE.strip())

@@ -1,4 +1,4 @@
-"""The two pictures on which README.md shows what visualize.py does, drawn with the embedded data.
+"""The two pictures on which README.md shows what pictures/ does, drawn with the embedded data.
 
   python scripts/draw_islands.py docs
 
@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import synthetic
+from images import synthetic
 
 HEIGHT, WIDTH, RADIUS = 96, 144, 24
 # class of each piece; its centre (x, y) in the first picture, and in the second; turned by, degrees

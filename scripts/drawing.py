@@ -1,4 +1,4 @@
-"""What the pictures of the lessons are put together from, on a Page of plot.py.
+"""What the pictures of the lessons are put together from, on a Page of pictures/plot.py.
 
 Coordinates are pixels of the finished page, from its upper left corner; pictures are uint8
 (H, W, 3).
@@ -12,8 +12,8 @@ import numpy as np
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import synthetic
-from plot import BLUE, GREEN, GREY, ORANGE, PAPER, PINK, SKY
+from images import synthetic
+from pictures.plot import BLUE, GREEN, GREY, ORANGE, PAPER, PINK, SKY
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "docs" / "lessons"

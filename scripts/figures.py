@@ -26,8 +26,8 @@ import losses
 from attention import plain_attention
 from dinov2 import build_network
 from optim import schedules
-from plot import BLUE, GREEN, GREY, INK, LIGHT, ORANGE, PAPER, Line, Page, mix, panel
-from sheets import hide
+from pictures.plot import BLUE, GREEN, GREY, INK, LIGHT, ORANGE, PAPER, Line, Page, mix, panel
+from pictures.sheets import hide
 
 # ---- one figure for each lesson -----------------------------------------------------------------
 
@@ -280,7 +280,7 @@ def neighbours(run):
     """The nearest training images of a few test images: by pixels, untrained, trained."""
     from eval_knn import RawPixels, extract_features
     from parallel import materialize
-    from weights import load_backbone
+    from weights.load import load_backbone
 
     trained, cfg = load_backbone(run, with_config=True)
     with torch.device("meta"):

@@ -23,15 +23,14 @@ import yaml
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import command
 import config
 import data
-import plot
 from config import UserError
 from dinov2 import build_network
-from features import extract_features
+from eval_knn import extract_features
 from parallel import materialize
-from weights import load_backbone
+from pictures import plot
+from weights.load import load_backbone
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -323,7 +322,7 @@ DEFAULTS = {
 }
 
 
-@command.report_errors
+@config.report_errors
 def main(argv):
     if not argv or argv[0] not in ("run", "draw"):
         print(USAGE.strip())

@@ -1,4 +1,4 @@
-"""Does curate.py find what was planted? The two figures of docs/curate.md.
+"""Does images/curate.py find what was planted? The two figures of docs/curate.md.
 
     python scripts/measure_curate.py IMAGENETTE CIFAR10 backbone=RUN out=FOLDER
 
@@ -16,7 +16,7 @@ from pathlib import Path
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import curate
+from images import curate
 
 KINDS = "crop", "jpeg", "flip"
 WAYS = ["keep=4"], ["keep=1"], *(["clusters=200", f"votes={votes}"] for votes in (3, 5, 8))

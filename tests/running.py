@@ -5,6 +5,7 @@ saves the seconds that `python train.py` needs to start. What it forks is a proc
 it has an exit code, writes to files, and can be killed.
 """
 
+import importlib
 import json
 import multiprocessing
 import os
@@ -18,8 +19,8 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-import checkpoint
-from checkpoint import checkpoints
+from weights import checkpoint
+from weights.checkpoint import checkpoints
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -47,7 +48,7 @@ def make_photos(root, splits=(("train", 30), ("val", 10)), mode="RGB"):
 class Run:
     """A main() of this repository in its own process, from now on."""
 
-    def __init__(self, folder, words, program="train", limit=None):
+    def __init__(self, folder, words, program="train.py", limit=None):
         folder.mkdir(parents=True, exist_ok=True)
         self.printed, self.complained = folder / "stdout.txt", folder / "stderr.txt"
         words, files = list(words), (str(self.printed), str(self.complained))
@@ -74,7 +75,7 @@ class Run:
     err = property(lambda self: self.complained.read_text())
 
 
-def run(folder, words, program="train", limit=None):
+def run(folder, words, program="train.py", limit=None):
     """limit: bytes that no file of the process may exceed, as if the disk were full."""
     return Run(folder, words, program, limit).finish()
 
@@ -87,7 +88,21 @@ def call(program, words, out, err, start_method, limit):
     multiprocessing.set_start_method(start_method, force=True)
     for number, path in (1, out), (2, err):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
-    sys.exit(__import__(program).main(words))
+    sys.exit(main_of(program)(words))
+
+
+def file_of(program):
+    """The file behind `python train.py`, `python -m evals.linear` or `python -m pictures`."""
+    if program.endswith(".py"):
+        return ROOT / program
+    path = ROOT / program.replace(".", "/")
+    return path / "__main__.py" if path.is_dir() else path.with_suffix(".py")
+
+
+def main_of(program):
+    """Its main()."""
+    path = file_of(program).relative_to(ROOT).with_suffix("")
+    return importlib.import_module(".".join(path.parts)).main
 
 
 def server():

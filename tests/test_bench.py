@@ -5,19 +5,18 @@ Run: pytest tests/test_bench.py        Speed itself is never asserted.
 
 import json
 import time
-from pathlib import Path
 
 import pytest
 import torch
-from running import TINY, log_of, make_photos, run
+from running import ROOT, TINY, log_of, make_photos, run
 from torch.utils.flop_counter import FlopCounterMode
 
-import bench
-import bench_peers
 import config
-import measure
+from bench import __main__ as bench
+from bench import measure
+from bench import peers as bench_peers
+from bench.measure import Clock, Work
 from config import UserError
-from measure import Clock, Work
 
 CPU = torch.device("cpu")
 SMALL = ["batch=4", "attention=plain", "loss.koleo=0", "mask.probability=1"]
@@ -157,21 +156,21 @@ def test_the_share_of_the_peak_is_what_a_matrix_product_of_known_size_reaches(mo
 
 def test_a_row_replaces_the_one_of_the_same_command_and_device_and_the_wish_for_it(tmp_path):
     wishes = [
-        {"title": "on a GPU", "target": "fast", "command": "python bench.py gpu"},
-        {"title": "here", "target": "fast", "command": "python bench.py step"},
+        {"title": "on a GPU", "target": "fast", "command": "python -m bench gpu"},
+        {"title": "here", "target": "fast", "command": "python -m bench step"},
     ]
     (tmp_path / "benchmarks.json").write_text(json.dumps(wishes))
     numbers = {"quartiles": [1.0, 1.0], "runs": 3, "memory_gb": None, "milliseconds": {}}
     for device, rate in ("this", 1.0), ("other", 2.0), ("this", 3.0):
-        made = {"title": "Step", "device": device, "setting": "", "command": "python bench.py step"}
+        made = {"title": "Step", "device": device, "setting": "", "command": "python -m bench step"}
         measure.save(made | {"rows": {"ours": {"rate": rate, **numbers}}}, tmp_path)
     wish, *kept = json.loads((tmp_path / "benchmarks.json").read_text())
     assert wish == wishes[0] and [r["rows"]["ours"]["rate"] for r in kept] == [2.0, 3.0]
     page = (tmp_path / "benchmarks.md").read_text().split("## Not measured")
-    assert "python bench.py gpu" in page[1] and "python bench.py step" not in page[1]
+    assert "python -m bench gpu" in page[1] and "python -m bench step" not in page[1]
 
 
-DOCS = Path(bench.__file__).parent / "docs"
+DOCS = ROOT / "docs"
 
 
 def test_the_committed_page_is_made_from_the_committed_numbers():
@@ -185,7 +184,7 @@ def test_every_command_of_the_page_can_be_read(monkeypatch):
     monkeypatch.setattr(Clock, "tick", Clock.tick)  # "shared" changes it
     threads = torch.get_num_threads()
     for record in json.loads((DOCS / "benchmarks.json").read_text()):
-        what, _, peers, folder = bench.arguments(record["command"].split()[2:])
+        what, _, peers, folder = bench.arguments(record["command"].split()[3:])
         assert what in bench.WHAT and folder == "docs"
         assert all(hasattr(bench_peers, f"{peer}_{what}") for peer in peers)
     torch.set_num_threads(threads)
@@ -207,7 +206,7 @@ def test_everything_that_is_measured_runs_on_a_tiny_config(hurry, what, photos, 
     assert "| ours |" in capsys.readouterr().out
     (made,) = json.loads((tmp_path / "benchmarks.json").read_text())
     assert (
-        made["command"].startswith(f"python bench.py {what} ") and made["rows"]["ours"]["rate"] > 0
+        made["command"].startswith(f"python -m bench {what} ") and made["rows"]["ours"]["rate"] > 0
     )
 
 

@@ -11,10 +11,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-import command
 import config
-from command import help_text
-from config import Config, UserError, dump, from_dict, load, to_dict
+from config import Config, UserError, dump, from_dict, help_text, load, to_dict
 
 ROOT = Path(config.__file__).parent
 
@@ -209,7 +207,7 @@ def test_help_explains_every_key_with_its_default():
 
 
 def test_a_user_error_is_one_line_on_stderr_and_exit_code_2():
-    code = "import command, config; command.report_errors(lambda: config.load('no such\\nfile'))()"
+    code = "import config; config.report_errors(lambda: config.load('no such\\nfile'))()"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (
         2,
@@ -219,10 +217,10 @@ def test_a_user_error_is_one_line_on_stderr_and_exit_code_2():
 
 
 def test_the_command_line_is_a_file_and_overrides_or_help(capsys):
-    assert command.main_arguments(["a.yaml", "steps=1"], "usage") == ("a.yaml", ["steps=1"])
+    assert config.main_arguments(["a.yaml", "steps=1"], "usage") == ("a.yaml", ["steps=1"])
     for words, code in [([], 2), (["a.yaml", "--help"], 0)]:
         with pytest.raises(SystemExit) as left:
-            command.main_arguments(words, "usage")
+            config.main_arguments(words, "usage")
         assert left.value.code == code
         assert "optim.lr " in capsys.readouterr().out
 

@@ -16,7 +16,7 @@ from PIL import Image
 import data
 from config import Config, UserError
 from data import Order, evaluation_batches, evaluation_images, loader, open_source
-from sources import Arrays
+from images.sources import Arrays
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 

@@ -18,7 +18,6 @@ import torch
 import torch.nn.functional as F
 from running import ROOT, Run, log_of, losses_of, make_photos, run, tensors_of, tiny
 
-import checkpoint
 import config
 import distill
 import train
@@ -26,9 +25,10 @@ from config import from_dict
 from data import Batch, index_masks
 from dinov2 import build_network
 from optim import schedules
-from start import vit_of
 from vit import SIZES, VisionTransformer
-from weights import load_backbone
+from weights import checkpoint
+from weights.load import load_backbone
+from weights.start import vit_of
 
 # The parts of PyTorch that write checkpoints say so in every process that is the only one.
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
@@ -174,7 +174,7 @@ def test_one_step_equals_a_double_loop_over_crops_and_patches(tokens, separate):
 def two(folder):
     """The folder of two students that nobody interrupted."""
     out = folder / "two"
-    done = run(folder, words(folder, out, "distill.students=[nano,micro]"), program="distill")
+    done = run(folder, words(folder, out, "distill.students=[nano,micro]"), program="distill.py")
     assert done.code == 0, done.err
     assert "micro: step 6/6" in done.out
     return out
@@ -200,7 +200,7 @@ def test_the_teacher_looks_once_at_each_part_of_a_batch(
 
 
 def test_a_student_among_several_is_the_same_as_alone(tmp_path, folder, two):
-    done = run(tmp_path, words(folder, tmp_path / "run"), program="distill")
+    done = run(tmp_path, words(folder, tmp_path / "run"), program="distill.py")
     assert done.code == 0, done.err
     assert_same(tmp_path / "run", two / "nano")
 
@@ -235,7 +235,7 @@ def test_nothing_is_dropped_or_hidden_and_the_log_names_what_a_fresh_student_cos
 def test_killed_between_two_saves_a_distillation_ends_equal_bit_for_bit(tmp_path, folder, two):
     out = tmp_path / "run"
     line = words(folder, out, "distill.students=[nano,micro]")
-    stopped = Run(tmp_path, line, program="distill")
+    stopped = Run(tmp_path, line, program="distill.py")
     stopped.wait_for(lambda: len(checkpoint.checkpoints(out / "micro")) == 2)
     stopped.kill(signal.SIGKILL)
     stopped.finish()
@@ -243,7 +243,7 @@ def test_killed_between_two_saves_a_distillation_ends_equal_bit_for_bit(tmp_path
     steps = [checkpoint.checkpoints(out / size)[-1].name for size in ("micro", "nano")]
     assert steps[0] < steps[1]
     (out / "micro" / "summary.json").unlink(missing_ok=True)
-    done = run(tmp_path, line, program="distill")
+    done = run(tmp_path, line, program="distill.py")
     assert done.code == 0, done.err
     for size in "nano", "micro":
         assert_same(out / size, two / size)
@@ -305,7 +305,7 @@ def test_a_teacher_without_heads_first_gets_some_on_its_frozen_backbone(tmp_path
     torch.save(backbone, tmp_path / "released.pth")
     out, given = tmp_path / "run", f"distill.teacher={tmp_path / 'released.pth'}"
     line = words(folder, out, given, "head_steps=3", "steps=2")
-    done = run(tmp_path, line, program="distill")
+    done = run(tmp_path, line, program="distill.py")
     assert done.code == 0, done.err
     assert "3 steps train some on its frozen backbone (our way" in done.out
     heads = checkpoint.read(out / "heads" / "teacher.pt")

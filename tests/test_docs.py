@@ -22,7 +22,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from running import ROOT, make_photos, run, tiny
+from running import ROOT, file_of, make_photos, run, tiny
 from test_readme import MADE_TINY, README, code_lines
 
 sys.path.insert(0, str(ROOT / "scripts"))
@@ -33,7 +33,8 @@ import config
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 LESSONS = sorted((ROOT / "docs" / "lessons").glob("[0-9]*.md"))
 MAP, FLIPS = ROOT / "docs" / "map.md", ROOT / "docs" / "ablations.md"
-PROGRAMS = sorted(ROOT.glob("*.py"))
+ROOMS = ("images", "weights", "evals", "pictures", "bench", "monitor")
+PROGRAMS = [*ROOT.glob("*.py"), *(file for room in ROOMS for file in (ROOT / room).glob("*.py"))]
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
@@ -184,20 +185,21 @@ def shell_lines(text):
     lines = [line.strip() for line in code_lines(text)]
     lines += re.findall(r"`([^`\n]+)`", FENCE.sub("", text))
     lines = [part for line in lines for part in line.split(" && ")]
-    return [line for line in lines if re.match(r"(python|torchrun) .*\.py\b", line)]
+    command = r"(python|torchrun) .*(\.py\b|-m (?!pip|pytest))"
+    return [line for line in lines if re.match(command, line)]
 
 
 def split(line):
     """(words before the program, program, words behind it), without the comment."""
     words = shlex.split(line, comments=True)
-    at = next(i for i, word in enumerate(words) if word.endswith(".py"))
+    at = next(i for i, w in enumerate(words) if w.endswith(".py") or words[i - 1] == "-m")
     return words[:at], words[at], words[at + 1 :]
 
 
 def understands(program, key):
     """Whether `key` is one of the config's, or one that the program's text explains."""
-    source = {"data.py": "prepare.py"}.get(program, program)
-    return bool(config.type_of(key) or re.search(rf"\b{key}\b", (ROOT / source).read_text("utf-8")))
+    text = file_of(program).read_text(encoding="utf-8")
+    return bool(config.type_of(key) or re.search(rf"\b{key}\b", text))
 
 
 @pytest.mark.parametrize("page", PAGES, ids=title)
@@ -205,25 +207,26 @@ def test_every_command_names_a_program_a_config_and_keys_that_there_are(page):
     wrong = []
     for line in shell_lines(page.read_text(encoding="utf-8")):
         _, program, words = split(line)
-        files = [program, *(word for word in words if word.endswith(".yaml"))]
-        wrong += [f"{line}: {name}" for name in files if not (ROOT / name).exists()]
+        files = [file_of(program), *(ROOT / word for word in words if word.endswith(".yaml"))]
+        wrong += [f"{line}: {file}" for file in files if not file.exists()]
         keys = [word.partition("=")[0] for word in words if "=" in word] if not wrong else []
         wrong += [f"{line}: {key}" for key in keys if not understands(program, key)]
     assert not wrong
 
 
 def test_the_commands_of_a_page_are_found():
-    page = "Say `python plan.py C gpus=8`.\n\n    python train.py a.yaml && torchrun --n 2 x.py\n\n"
+    page = "Say `python -m bench.plan C gpus=8`.\n\n"
+    page += "    python train.py a.yaml && torchrun --n 2 x.py\n\n"
     page += "```sh\npython eval_knn.py RUN \\\n  k=1  # needs a GPU\n```\n"
     lines = shell_lines(page)
-    assert [split(line)[1] for line in lines] == ["eval_knn.py", "train.py", "x.py", "plan.py"]
+    assert [split(line)[1] for line in lines] == ["eval_knn.py", "train.py", "x.py", "bench.plan"]
     assert split(lines[0]) == (["python"], "eval_knn.py", ["RUN", "k=1"])
-    assert understands("plan.py", "gpus") and understands("plan.py", "optim.lr")
-    assert not understands("plan.py", "gpuss") and not understands("plan.py", "optim.lrr")
+    assert understands("bench.plan", "gpus") and understands("bench.plan", "optim.lr")
+    assert not understands("bench.plan", "gpuss") and not understands("bench.plan", "optim.lrr")
 
 
 # Run by the tests of the program itself, or too long: timing, planning, whole experiments.
-ELSEWHERE = ("scripts/", "bench.py", "plan.py", "distill.py")
+ELSEWHERE = ("scripts/", "bench", "distill.py")
 
 
 def is_run(line):
@@ -243,7 +246,7 @@ COMMANDS = {line for page in PAGES[1:] for line in shell_lines(blocks(page))}
 COMMANDS = sorted(COMMANDS - set(shell_lines(README)))  # test_readme.py runs those
 BRIEF = {
     "train.py": [*MADE_TINY, "crops.global_size=32", "log.pictures=false"],
-    "eval_linear.py": ["iterations=5", "batch=8", "logistic=2"],
+    "evals.linear": ["iterations=5", "batch=8", "logistic=2"],
 }
 
 
@@ -258,11 +261,11 @@ def test_a_command_runs(line, desk, photos, tmp_path, monkeypatch):
     words = [ours.get(word, word).replace("docs/", f"{ROOT}/docs/") for word in words]
     if "--help" not in words:
         words += BRIEF.get(program, [])
-    if program in ("train.py", "eval_knn.py", "eval_linear.py") or "config.yaml" in words:
+    if program in ("train.py", "eval_knn.py", "evals.linear") or "config.yaml" in words:
         words += [f"data.root={photos}"]
-    if program in ("train.py", "visualize.py"):
+    if program in ("train.py", "pictures"):
         words += [f"out={tmp_path / 'made.gif'}"]
-    done = run(tmp_path / "log", words, {"data.py": "prepare"}.get(program, program[:-3]))
+    done = run(tmp_path / "log", words, program)
     assert done.code == 0, done.err
 
 
@@ -292,9 +295,13 @@ def test_one_command_draws_the_figures(tmp_path, monkeypatch, desk):
 # ---- lists that must be complete ----------------------------------------------------------------
 
 
+def file_name(path):
+    return title(path) if path.is_relative_to(ROOT) else path.name
+
+
 def places(path, phrase):
     """Where a phrase stands in a file: `file.py:function`, `file.py:CONSTANT` or `file.py`."""
-    text = path.read_text(encoding="utf-8")
+    text, name = path.read_text(encoding="utf-8"), file_name(path)
     tree, found = ast.parse(text), []
     # A phrase may run over a line's end, so search without line ends, indents and comment signs.
     lines = [line.strip().lstrip("#").strip() for line in text.splitlines()]
@@ -304,7 +311,7 @@ def places(path, phrase):
         flat += line + " "
     for match in re.finditer(re.escape(phrase), flat):
         number = sum(start <= match.start() for start in starts)
-        found.append(":".join(filter(None, [path.name, owner(tree, number)])))
+        found.append(":".join(filter(None, [name, owner(tree, number)])))
     return found
 
 
@@ -329,7 +336,7 @@ def owner(tree, number):
 def listed(page, heading):
     """The `file.py:name` that begin the rows or headings of a page, below one of its headings."""
     text = page.read_text(encoding="utf-8").partition(f"\n## {heading}\n")[2].partition("\n## ")[0]
-    return re.findall(r"^(?:\| |### )\[`(\w+\.py(?::[\w.]+)?)`\]", text, re.MULTILINE)
+    return re.findall(r"^(?:\| |### )\[`([\w/]+\.py(?::[\w.]+)?)`\]", text, re.MULTILINE)
 
 
 def test_the_owner_of_a_line_is_found(tmp_path):

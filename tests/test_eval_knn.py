@@ -16,15 +16,14 @@ from running import call, make_photos, run, tiny
 from test_parallel import be_rank, launch
 
 import eval_knn
-import export
-import features
-import prepare
 from config import Config, UserError
 from data import Part
 from eval_knn import draw, few_shot, knn_probabilities, top_accuracy
-from features import fingerprint
-from sources import Arrays, open_source
+from evals.cache import cached_features, fingerprint
+from images import __main__ as prepare
+from images.sources import Arrays, open_source
 from vit import VisionTransformer
+from weights import export
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 
@@ -206,17 +205,15 @@ def test_features_that_wait_on_the_cpu_give_the_same():
 # ---- the cache ----------------------------------------------------------------------------------
 
 
-def cached(folder, source, cfg, backbone, monkeypatch=None):
-    if monkeypatch:  # from now on, extracting is a mistake
-        monkeypatch.setattr(features, "extract_features", None)
-    return features.cached_features(folder, backbone, source, cfg, "cpu", "x")
+def cached(folder, source, cfg, backbone, extract=eval_knn.extract_features):
+    return cached_features(folder, extract, backbone, source, cfg, "cpu", "x")
 
 
-def test_cached_features_are_those_that_were_extracted_once(tmp_path, monkeypatch):
+def test_cached_features_are_those_that_were_extracted_once(tmp_path):
     net, (source, _) = VisionTransformer("nano", 8, 16).eval(), sources([0, 1, 2], [0])
-    expected = features.extract_features(net, source, config(), "cpu")
+    expected = eval_knn.extract_features(net, source, config(), "cpu")
     first = cached(tmp_path / "new", source, config(), net)
-    again = cached(tmp_path / "new", source, config(), net, monkeypatch)
+    again = cached(tmp_path / "new", source, config(), net, extract=None)  # extracting again fails
     for found in first, again:
         assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
     (path,) = (tmp_path / "new").iterdir()
@@ -288,7 +285,7 @@ def trained(tmp_path_factory):
 
 def test_the_command_prints_the_figure_of_the_summary(tmp_path, trained):
     summary = json.loads((trained / "summary.json").read_text())
-    told = run(tmp_path, [str(trained)], program="eval_knn")
+    told = run(tmp_path, [str(trained)], program="eval_knn.py")
     assert told.code == 0, told.err
     figures = figures_of(told.out)
     assert figures["knn_20"] == pytest.approx(summary["knn"], abs=0.005)  # two digits are printed
@@ -303,7 +300,7 @@ def figures_of(text):
 def test_floors_are_those_of_the_training_and_few_shot_has_a_spread(tmp_path, trained):
     summary = json.loads((trained / "summary.json").read_text())
     words = [str(trained), "--floors", "per_class=1,3", "tries=2", "k=20"]
-    told = run(tmp_path, [*words, f"cache={tmp_path / 'cache'}"], program="eval_knn")
+    told = run(tmp_path, [*words, f"cache={tmp_path / 'cache'}"], program="eval_knn.py")
     assert told.code == 0, told.err
     kept = json.loads((trained / "knn.json").read_text())
     assert kept["knn_20"] == summary["knn"]
@@ -316,7 +313,7 @@ def test_floors_are_those_of_the_training_and_few_shot_has_a_spread(tmp_path, tr
     )
     assert line.count("±") == 3
     assert len(list((tmp_path / "cache").iterdir())) == 4  # two networks, training and test
-    again = run(tmp_path, [*words, f"cache={tmp_path / 'cache'}"], program="eval_knn")
+    again = run(tmp_path, [*words, f"cache={tmp_path / 'cache'}"], program="eval_knn.py")
     assert again.out == told.out
 
 
@@ -328,7 +325,7 @@ def be_rank_and_evaluate(rank, world, port, words, folder):
 @pytest.mark.parametrize("world", [2])
 def test_ranks_print_the_same_figures_once(tmp_path, trained, world):
     words = [str(trained), "per_class=3", f"cache={tmp_path / 'cache'}"]
-    alone = run(tmp_path / "alone", [*words, "cache="], program="eval_knn")
+    alone = run(tmp_path / "alone", [*words, "cache="], program="eval_knn.py")
     for _ in "extracted", "from the cache":
         codes = launch(world, be_rank_and_evaluate, words, str(tmp_path))
         assert codes == [0] * world, (tmp_path / "1.err").read_text()
@@ -342,7 +339,7 @@ def test_a_file_under_the_released_names_is_evaluated_too(tmp_path, trained, end
     export.main([str(trained), str(tmp_path / f"x{ending}")])
     words = [str(tmp_path / f"x{ending}"), f"data.root={photos}", "data.workers=0"]
     words += ["data.mean=[.5,.5,.5]", "data.std=[.25,.25,.25]"]  # which the file does not hold
-    told = run(tmp_path, words, program="eval_knn")
+    told = run(tmp_path, words, program="eval_knn.py")
     assert told.code == 0, told.err
     summary = json.loads((trained / "summary.json").read_text())
     assert figures_of(told.out)["knn_20"] == pytest.approx(summary["knn"], abs=0.005)

@@ -9,12 +9,12 @@ import pytest
 import torch
 from running import ROOT
 from test_vit import TOKENS, close
-from test_weights import released, saved
+from test_weights_load import released, saved
 
 import hubconf
 from config import UserError
 from vit import VisionTransformer
-from weights import RELEASED
+from weights.load import RELEASED
 
 
 def hub(name, **options):

@@ -28,13 +28,11 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.tensor import DTensor
 
-import command
 import config
 import data
 import eval_knn
 import train as train_script
 from attention import check_backend
-from checkpoint import Checkpoints, checkpoints
 from config import Config, UserError
 from dinov2 import build_network, ema_update, objective
 from losses import SoftmaxCentering, ibot_loss, koleo_loss, sinkhorn_knopp
@@ -49,6 +47,7 @@ from parallel import (
     wrap,
 )
 from train import backward, build, seeded, to_device
+from weights.checkpoint import Checkpoints, checkpoints
 
 CPU = torch.device("cpu")
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
@@ -562,7 +561,7 @@ def test_bad_input_ends_every_rank_with_code_2_and_is_printed_once(folder):
     assert said[1] == ""
 
 
-@command.report_errors
+@config.report_errors
 def wait_in_vain(rank, world, port, folder):
     """Rank 0 waits for a sum in which rank 1 never takes part."""
     be_rank(rank, world, port)

@@ -92,7 +92,7 @@ def test_torchrun_is_a_way_to_start_it(tmp_path, photos):
 def test_a_distillation_command_runs(tmp_path, trained, photos, words, monkeypatch):
     monkeypatch.chdir(ROOT)
     places = [f"out={tmp_path / 'run'}", f"data.root={photos}", f"distill.teacher={trained}"]
-    done = run(tmp_path, [*words, *MADE_TINY, *places], program="distill")
+    done = run(tmp_path, [*words, *MADE_TINY, *places], program="distill.py")
     assert done.code == 0, done.err
     assert (tmp_path / "run" / "teacher.pt").exists()
 
@@ -100,33 +100,38 @@ def test_a_distillation_command_runs(tmp_path, trained, photos, words, monkeypat
 @pytest.mark.parametrize("words", commands(README, "eval_knn.py"), ids=" ".join)
 def test_an_evaluation_command_runs(tmp_path, trained, photos, words):
     words = [word for word in words[1:] if not word.startswith("data.")]
-    done = run(tmp_path, [str(trained), *words, f"data.root={photos}"], program="eval_knn")
+    done = run(tmp_path, [str(trained), *words, f"data.root={photos}"], program="eval_knn.py")
     assert done.code == 0, done.err
 
 
-@pytest.mark.parametrize("words", commands(README, "visualize.py"), ids=" ".join)
+@pytest.mark.parametrize("words", commands(README, "pictures"), ids=" ".join)
 def test_a_picture_command_runs(tmp_path, trained, photos, words):
     if "--help" in words:
-        pytest.skip("test_visualize.py has it")
+        pytest.skip("test_pictures.py has it")
     photo = str(next(photos.rglob("*.png")))
     there = [word.replace("docs/", f"{ROOT}/docs/") for word in words[2:] if "out=" not in word]
     there = [photo if word.startswith("/photos/") else word for word in there]
-    done = run(tmp_path, [words[0], str(trained), *there, f"out={tmp_path / 'a.gif'}"], "visualize")
+    done = run(tmp_path, [words[0], str(trained), *there, f"out={tmp_path / 'a.gif'}"], "pictures")
     assert done.code == 0, done.err
     assert (tmp_path / "a.gif").stat().st_size > 1000
 
 
-@pytest.mark.parametrize("words", commands(README, "data.py"), ids=" ".join)
+@pytest.mark.parametrize("words", commands(README, "images"), ids=" ".join)
 def test_a_command_about_data_runs(tmp_path, photos, words):
     words = [str(photos) if word == "/photos" else word for word in words]
-    done = run(tmp_path, words, program="prepare")
+    done = run(tmp_path, words, program="images")
     assert done.code == 0, done.err
 
 
 def test_every_command_in_a_block_belongs_to_a_program_whose_commands_run():
-    programs = {w for line in code_lines(README) for w in line.split() if w.endswith(".py")}
-    here = {"train.py", "distill.py", "eval_knn.py", "visualize.py", "data.py"}
-    beside_their_program = {"eval_linear.py", "eval_dense.py", "export.py"}
+    programs = {
+        program
+        for line in code_lines(README)
+        for program in re.findall(r"(\w+\.py)\b|-m ([\w.]+)", line)
+    }
+    programs = {file or module for file, module in programs}
+    here = {"train.py", "distill.py", "eval_knn.py", "pictures", "images"}
+    beside_their_program = {"evals.linear", "evals.dense", "weights.export"}
     assert programs == here | beside_their_program
 
 

@@ -27,8 +27,8 @@ from running import (
     wait_for,
 )
 
-import sources
 import train
+from images import sources
 
 # The parts of PyTorch that write checkpoints say so in every process that is the only one.
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")

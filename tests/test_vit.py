@@ -20,7 +20,7 @@ import torch
 from attention import attend, check_backend, plain_attention
 from config import UserError, from_dict, to_dict
 from vit import SIZES, VisionTransformer, build_backbone
-from weights import load_backbone
+from weights.load import load_backbone
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 FILES = ["mlp_r0_off01", "mlp_r4_aa", "swiglu_r0_off01", "swiglu_r4_aa"]

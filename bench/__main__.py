@@ -1,0 +1,354 @@
+"""How fast is it, compared with whom, and where does the time go? Anyone can run this.
+
+    python -m bench WHAT [CONFIG.yaml] [key=value ...] [lightly] [timm] [--official PATH]
+                    [--to FOLDER] [shared]
+    python -m bench step config.yaml lightly --official ~/dinov2
+    python -m bench losses configs/vitl16.yaml batch=16
+
+WHAT is step, data, losses, backbone, attention, augment or knn: functions of these names make the
+work below, and measure.py times it. Peers that are named run in the same process, in turns with
+ours (peers.py): a checkout of the official code, and what pip install lightly or timm gives.
+--to is the folder of benchmarks.json and benchmarks.md, to which results are added (runs). "shared"
+is for a processor that others use too: one thread, and CPU time instead of time.
+
+Shapes:  B images   T large crops (2)   S all crops   D channels   K prototypes   M hidden patches
+         N training features   M test features (k-NN)
+"""
+
+import dataclasses
+import io
+import os
+import random
+import sys
+import tempfile
+import time
+from functools import partial
+from itertools import pairwise
+
+import numpy as np
+import torch
+from PIL import Image
+
+import config
+from attention import attend, check_backend
+from augment import colour, crops
+from bench import peers as bench_peers
+from bench.measure import Clock, Work, measure, save, table
+from config import UserError
+from data import loader, open_source
+from dinov2 import LARGE_CROPS, Output, build_centers, ema_update, ibot_prototypes, objective
+from eval_knn import NEIGHBOURS, knn_probabilities
+from images.sources import read_image
+from optim import clip_each_part, schedules, set_schedule
+from parallel import dtype_of, pick_device
+from train import build, to_device
+from vit import build_backbone
+
+# ---- a training step ----------------------------------------------------------------------------
+
+
+def step_flops(cfg, masked):
+    """Floating-point operations of the matrix products of a step; `masked` patches go to the head.
+
+    A multiplication and an addition are two. A backward pass is two forward passes, one for the
+    gradient of the input, one for that of the weights. What stochastic depth leaves out does not
+    count; nor do attention's softmax, losses, optimiser and EMA.
+        block, per token   2 * its weights (12 D^2 with an MLP) + 4 D for every token of the crop
+        patch embedding    2 * channels * patch^2 * D; there is no gradient of the pixels
+        head, per token    2 * its weights, most of which are the prototypes, bottleneck * K
+    """
+    with torch.device("meta"):
+        net = build_backbone(cfg, cfg.vit.drop_path)
+    weights = sum(p.numel() for p in net.blocks[0].parameters() if p.ndim == 2)
+    kept = sum(1 - rate for rate in net.drop_path)  # of the `depth` blocks
+    B, c, h = cfg.batch, cfg.crops, cfg.head
+
+    def backbone(crops, size, blocks, embeddings):
+        patches = (size // cfg.vit.patch) ** 2
+        tokens = patches + 1 + cfg.vit.registers
+        block = tokens * (2 * weights + 4 * tokens * net.dim)
+        embedding = 2 * patches * cfg.data.channels * cfg.vit.patch**2 * net.dim
+        return crops * (blocks * block + embeddings * embedding)
+
+    def head(rows, prototypes):
+        widths = [net.dim] + [h.hidden] * (h.layers - 1) + [h.bottleneck, prototypes]
+        return rows * sum(2 * a * b for a, b in pairwise(widths))
+
+    large, small = LARGE_CROPS * B, c.local_count * B
+    teacher = backbone(large, c.global_size, net.depth, 1) + head(large, h.prototypes)
+    student = backbone(large, c.global_size, 3 * kept, 2) + 3 * head(large, h.prototypes)
+    student += backbone(small, c.local_size, 3 * kept, 2) + 3 * head(small, h.prototypes)
+    return teacher + student + 4 * head(masked if cfg.loss.ibot else 0, ibot_prototypes(cfg))
+
+
+def described(cfg):
+    c = cfg.crops
+    return (
+        f"ViT {cfg.vit.size}/{cfg.vit.patch}, {LARGE_CROPS} x {c.global_size} + {c.local_count} x "
+        f"{c.local_size} px, {cfg.batch} images, K = {cfg.head.prototypes:,}, {dtype_of(cfg)}"
+    )
+
+
+def batches(cfg, device):
+    """Endless batches on the device, as train.py makes them; each contender has its own."""
+    if not cfg.data.root:
+        cfg.data.root = "synthetic"
+    endless = dataclasses.replace(cfg, steps=10**9)
+    for batch in loader(endless, open_source(cfg.data.root, cfg)):
+        yield to_device(batch, cfg, device)
+
+
+def timed(network, clock, name):
+    """A network that books the time until it is called under "losses", its own under `name`."""
+
+    def call(*args, **kwargs):
+        clock.mark("losses")
+        said = network(*args, **kwargs)
+        clock.mark(name)
+        return said
+
+    return call
+
+
+def step_in_phases(cfg, device, student, teacher, objective, optimizer, ema):
+    """The body of the loop of train.py, with stamps: a run(clock) that returns the loss.
+
+    objective(student, teacher, batch) -> loss; ema(teacher, student, momentum).
+    """
+    source, momentum = batches(cfg, device), schedules(cfg.steps // 2, cfg).momentum
+    scaler = torch.amp.GradScaler(device.type, enabled=cfg.precision == "fp16")
+
+    def run(clock):
+        batch = next(source)
+        clock.mark("data")
+        loss = objective(timed(student, clock, "student"), timed(teacher, clock, "teacher"), batch)
+        clock.mark("losses")
+        scaler.scale(loss).backward()
+        clock.mark("backward")
+        scaler.unscale_(optimizer)
+        clip_each_part(student, cfg.optim.clip)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+        clock.mark("optimiser")
+        ema(teacher, student, momentum)
+        clock.mark("EMA")
+        return loss.item()
+
+    return run
+
+
+def our_objective(cfg, centers):
+    """objective(student, teacher, batch) -> loss, half-way through the schedules."""
+    temp = schedules(cfg.steps // 2, cfg).teacher_temp
+
+    def loss_of(student, teacher, batch):
+        return objective(student, teacher, centers, batch, temp, cfg.loss)[0]
+
+    return loss_of
+
+
+def step(cfg, device):
+    """From crops on the device to the updated teacher."""
+    student, teacher, centers, optimizer = build(cfg, device)
+    set_schedule(optimizer, schedules(cfg.steps // 2, cfg))
+    parts = student, teacher, our_objective(cfg, centers), optimizer, ema_update
+    run = step_in_phases(cfg, device, *parts)
+    flops = step_flops(cfg, masked=len(next(batches(cfg, device)).mask_indices))
+    given = partial(step_in_phases, cfg, device), student
+    # All contenders get crops from our loader, so that time is left out.
+    return Work(f"Step: {described(cfg)}", {"ours": run}, cfg.batch, flops, given, leave_out="data")
+
+
+def data(cfg, device):
+    """The same step, where the time that it waits for the loader counts."""
+    title = f"Step with loading: {described(cfg)}"
+    return dataclasses.replace(step(cfg, device), title=title, leave_out="")
+
+
+# ---- parts of it --------------------------------------------------------------------------------
+
+
+def losses(cfg, device):
+    """From given scores, in place of networks, to their gradients: targets and all losses."""
+    batch, B, K = next(batches(cfg, device)), cfg.batch, cfg.head.prototypes
+    S, M = LARGE_CROPS + cfg.crops.local_count, len(batch.mask_indices)
+
+    def noise(*shape):  # of the size of the scores of a trained network
+        return (0.2 * torch.randn(shape, device=device)).to(dtype_of(cfg)).requires_grad_()
+
+    # Both views are alike for the teacher: the official code has swapped them before its heads.
+    told = Output(None, noise(B, K).detach().repeat(LARGE_CROPS, 1), noise(M, K).detach())
+    said = Output(noise(LARGE_CROPS * B, 384), noise(S * B, K), noise(M, K))
+
+    def in_phases(objective):
+        def run(clock):
+            def student(*_, **__):
+                clock.mark("targets")
+                return said
+
+            loss = objective(student, lambda *_, **__: told, batch)
+            clock.mark("losses")
+            grads = torch.autograd.grad(loss, said)
+            clock.mark("backward")
+            return [x.item() for x in (loss, *(grad[:8].norm() for grad in grads))]
+
+        return run
+
+    ours = in_phases(our_objective(cfg, build_centers(cfg).to(device)))
+    title = f"Losses, {cfg.loss.centering}: {B} images, {S} crops, {M} patches, K = {K:,}"
+    return Work(f"{title}, {dtype_of(cfg)}", {"ours": ours}, B, given=(in_phases,))
+
+
+def backbone(cfg, device):
+    """The student's backbone over all crops, forward and backward."""
+    batch, net = next(batches(cfg, device)), build_backbone(cfg, cfg.vit.drop_path).to(device)
+    images = [batch.global_crops, batch.local_crops]
+
+    def ours(clock):
+        out = net(images, is_training=True)
+        clock.mark("forward")
+        sum(o["x_prenorm"].float().sum() for o in out).backward()
+        net.zero_grad(set_to_none=True)
+        clock.mark("backward")
+
+    return Work(f"Backbone: {described(cfg)}", {"ours": ours}, cfg.batch, given=(images,))
+
+
+def attention(cfg, device):
+    """The ways of attention.py over the crops of one step, forward and backward."""
+    with torch.device("meta"):
+        net = build_backbone(cfg)
+    heads, extra = net.blocks[0].attn.heads, 1 + cfg.vit.registers
+    sizes = (LARGE_CROPS, cfg.crops.global_size), (cfg.crops.local_count, cfg.crops.local_size)
+    groups = tuple((n * cfg.batch, (s // cfg.vit.patch) ** 2 + extra) for n, s in sizes if n)
+    shape = sum(B * T for B, T in groups), 3, heads, net.dim // heads
+    qkv = torch.randn(shape, device=device).to(dtype_of(cfg)).requires_grad_()
+
+    def run(backend, clock):
+        out = attend(qkv, groups, backend)
+        clock.mark("forward")
+        torch.autograd.grad(out.sum(), qkv)
+        clock.mark("backward")
+
+    contenders = {"ours": partial(run, "auto")}
+    for backend in ("plain", "sdpa", "varlen", "xformers"):
+        try:
+            check_backend(backend, device, dtype_of(cfg))
+            contenders[backend] = partial(run, backend)
+        except UserError as error:
+            print(error)
+    return Work(f"Attention of one block: {described(cfg)}", contenders, cfg.batch)
+
+
+def jpeg(height, width, quality):
+    """The bytes of a JPEG: smooth structure and fine texture, always the same."""
+    rng, pixels = np.random.default_rng(0), 0
+    for cells, weight in (4, 0.45), (16, 0.35), (max(height, width), 0.2):
+        layer = Image.fromarray(rng.uniform(0, 255, (cells, cells, 3)).astype(np.uint8))
+        pixels += weight * np.float32(layer.resize((width, height), Image.Resampling.BICUBIC))
+    Image.fromarray(pixels.astype(np.uint8)).save(file := io.BytesIO(), "JPEG", quality=quality)
+    return file.getvalue()
+
+
+def augment(cfg, device):
+    """From the bytes of a JPEG to normalised crops, on one core."""
+    torch.set_num_threads(1)
+    c, mean, std = cfg.crops, cfg.data.mean, cfg.data.std
+    small = c.global_size < 100
+    height, width, quality, count = (32, 32, 79, 64) if small else (375, 500, 95, 16)
+    file = jpeg(height, width, quality)
+
+    def ours(clock):
+        rng = random.Random(0)
+        images = [read_image(file) for _ in range(count)]
+        clock.mark("decode")
+        cut, look = zip(*(crops(image, rng, cfg) for image in images), strict=True)
+        clock.mark("crops")
+        look = torch.stack(look)
+        for which in slice(0, LARGE_CROPS), slice(LARGE_CROPS, None):
+            pixels = torch.stack([crop for image in cut for crop in image[which]])
+            colour(pixels, look[:, which].flatten(0, 1), mean, std)
+        clock.mark("colour")
+
+    title = f"Augmentation: {LARGE_CROPS} x {c.global_size} + {c.local_count} x {c.local_size} px"
+    title += f" of a {width} x {height} JPEG of {len(file) / 1000:.3g} kB, one core"
+    return Work(title, {"ours": ours}, count, given=(file, count))
+
+
+def knn(cfg, device, train=50_000, test=2_560, D=384, classes=1000):
+    """Weighted k-NN of given features; test features go in batches, so their number only scales."""
+    train_ND, test_MD = (
+        torch.nn.functional.normalize(torch.randn(n, D, device=device), dim=1)
+        for n in (train, test)
+    )
+    label_N = torch.randint(classes, (train,), device=device)
+
+    def ours(clock):
+        votes = knn_probabilities(train_ND, label_N, test_MD, classes, NEIGHBOURS)
+        return votes[max(NEIGHBOURS)]
+
+    title = f"k-NN: {train:,} training and {test:,} test images, {D} channels, {classes} classes"
+    return Work(title, {"ours": ours}, test, given=(train_ND, label_N, test_MD, classes))
+
+
+# ---- command line -------------------------------------------------------------------------------
+
+WHAT = {work.__name__: work for work in (step, data, losses, backbone, attention, augment, knn)}
+
+
+def take(words, option, default):
+    """The folder behind an option; both leave the list of words."""
+    if option not in words:
+        return default
+    at = words.index(option)
+    if at + 1 == len(words):
+        raise UserError(f"{option}: name a folder behind it")
+    words.pop(at)
+    return words.pop(at)
+
+
+def arguments(argv):
+    """(what, config, peers, folder) from the command line."""
+    what, words = config.main_arguments(argv, __doc__)
+    if what not in WHAT:
+        raise UserError(f"{what}: cannot be measured; use one of {', '.join(WHAT)}")
+    folder, checkout = take(words, "--to", "runs"), take(words, "--official", "")
+    peers = [word for word in words if word in ("lightly", "timm")]
+    if checkout:
+        bench_peers.find_official(checkout)
+        peers.insert(0, "official")
+    if "shared" in words:
+        Clock.tick = staticmethod(time.process_time)
+        torch.set_num_threads(1)
+    words = [word for word in words if word not in (*peers, "shared")]
+    path = words.pop(0) if words and "=" not in words[0] else "config.yaml"
+    cfg = config.load(path, words)
+    cfg.parallel = "none"  # one process is measured
+    return what, cfg, peers, folder
+
+
+@config.report_errors
+def main(argv):
+    what, cfg, peers, folder = arguments(argv)
+    with config.writing(f"--to {folder}", "choose another folder"):  # not after minutes of work
+        os.makedirs(folder, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    device = pick_device(cfg.device)
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")  # as train.py
+    torch.manual_seed(0)
+    work = WHAT[what](cfg, device)
+    for name in peers:
+        peer = getattr(bench_peers, f"{name}_{what}", None)
+        if peer is None:
+            raise UserError(f"{name}: has nothing to compare with {what}")
+        work.contenders[name] = peer(cfg, device, *work.given)
+    record = measure(work, device, dtype_of(cfg))
+    record["command"] = " ".join(["python -m bench", *argv])
+    print(f"{record['title']}\n{record['device']}, {record['setting']}\n\n{table(record)}")
+    save(record, folder)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,1 @@
+"""How good frozen features are: `python -m evals.linear`, `evals.dense`; k-NN is eval_knn.py."""

@@ -1,0 +1,1 @@
+"""Where images come from, and work on data sets: `python -m images` and `images.curate`."""

@@ -1,0 +1,278 @@
+"""Look at a data set before training on it, and bring it into a quicker form.
+
+    python -m images index SOURCE                         search again, count images and classes
+    python -m images stats SOURCE [limit=10000]           sizes, mean and std, damaged images
+    python -m images pack  SOURCE to=/shards [short=256]  into tar shards, shrunk if asked for
+    python -m images show  SOURCE [to=crops.png]          crops and masks as the network gets them
+SOURCE is a config file, or what data.root can be: a folder, a list, shards, an array, synthetic.
+More words are keys of the config, as in data.channels=1 or data.workers=8 (--help of train.py).
+
+  limit      stats: as many images, drawn at random; 0: all
+  to         stats: the list of damaged images; pack: a folder; show: a picture
+  short      pack: pixels of the shorter side, of images that are larger; 0: all bytes as they are
+  per_shard  pack: images in each tar file
+What was interrupted goes on where it was when the same command is given again.
+"""
+
+import contextlib
+import io
+import json
+import os
+import sys
+import tarfile
+from functools import partial
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+from PIL import Image
+from torch.utils.data import DataLoader
+
+import config
+from config import UserError
+from data import Order, open_source, resize, worker_options
+from images import index
+from parallel import progress, warn
+
+OPTIONS = {"limit": 0, "to": "", "short": 0, "per_shard": 10_000}
+
+
+def parse(argv):
+    """(config, options) from SOURCE and key=value words."""
+    source = argv[0]
+    options, overrides = config.take_options(argv[1:], OPTIONS)
+    if source.endswith((".yaml", ".yml")):
+        return config.load(source, overrides), options
+    cfg = config.Config(batch=8)
+    cfg.data.workers = min(cfg.data.workers, os.cpu_count() or 1)
+    cfg.data.root = source
+    config.override(cfg, overrides)
+    if len(cfg.data.mean) != cfg.data.channels:  # they are what `stats` is about to find out
+        cfg.data.mean = cfg.data.std = (0.5,) * cfg.data.channels
+    config.check(cfg)
+    return cfg, options
+
+
+def ordered(task, numbers, cfg, what):
+    """task(i) for each number, in order, worked out by the data workers, with a bar."""
+    options = worker_options(cfg) | {"batch_size": 16, "collate_fn": partial(apply, task)}
+    with progress(desc=what, total=len(numbers), unit=" images") as bar:
+        for results in DataLoader([*numbers], **options):
+            yield from results
+            bar.update(len(results))
+
+
+def apply(task, numbers):
+    return [task(i) for i in numbers]
+
+
+# ---- index --------------------------------------------------------------------------------------
+
+
+def show_index(cfg, options):
+    source = open_source(cfg.data.root, cfg, again=True)
+    print(f"{len(source):,} images in {cfg.data.root}")
+    if source.classes:
+        count = np.bincount(np.asarray(source.labels) + 1, minlength=len(source.classes) + 1)
+        print(
+            f"{len(source.classes):,} classes of {count[1:].min():,} to {count[1:].max():,} images"
+        )
+        print(f"{count[0]:,} images without a class" if count[0] else "every image has a class")
+
+
+# ---- stats --------------------------------------------------------------------------------------
+
+
+def measure(source, i):
+    """What one image adds to the statistics, or why it is damaged."""
+    try:
+        image = source.read(i)
+    except Exception as error:
+        return {"damaged": f"{source.name(i)}: {' '.join(str(error).split())}"}
+    values = resize(image, *image.shape[:2])  # as it is; more than 8 bits become 0..1
+    values = values.reshape(-1, values.shape[2]) / (255 if values.dtype == np.uint8 else 1)
+    mean, square = values.mean(0, np.float64), np.square(values).mean(0, np.float64)
+    side = str(min(image.shape[:2]))
+    return {"side": side, "dtype": str(image.dtype), "mean": mean, "square": square}
+
+
+def show_stats(cfg, options):
+    """Mean and std over all pixels, where each image counts the same, large or small."""
+    source = open_source(cfg.data.root, cfg)
+    n = min(options.limit or len(source), len(source))
+    order = Order(len(source), seed=0)
+    numbers = range(n) if n == len(source) else [order[p] for p in range(n)]
+    key = [os.path.abspath(cfg.data.root), len(source), n, cfg.data.channels]
+    file = index.CACHE / "stats.json"
+    seen = {"key": key, "images": 0, "damaged": [], "side": {}, "dtype": {}}
+    seen |= {"mean": [0.0] * cfg.data.channels, "square": [0.0] * cfg.data.channels}
+    with contextlib.suppress(OSError, ValueError):
+        before = json.loads(file.read_text())
+        seen = before if before.keys() == seen.keys() and before["key"] == key else seen
+    for result in ordered(partial(measure, source), numbers[seen["images"] :], cfg, "measuring"):
+        add_up(seen, result)
+        if seen["images"] % 1000 == 0:
+            with contextlib.suppress(OSError):
+                write_aside(file, json.dumps(seen))
+    file.unlink(missing_ok=True)
+    report_stats(seen, options.to or "damaged.txt")
+
+
+def add_up(seen, result):
+    """Add what measure() says of one image to what was seen before it."""
+    seen["images"] += 1
+    if "damaged" in result:
+        seen["damaged"].append(result["damaged"])
+        return
+    for key in ("mean", "square"):
+        seen[key] = (seen[key] + result[key]).tolist()
+    for key in ("side", "dtype"):
+        seen[key][result[key]] = seen[key].get(result[key], 0) + 1
+
+
+def report_stats(seen, path):
+    """Print what was counted and measured, and write the list of damaged images."""
+    n, damaged = seen["images"], seen["damaged"]
+    good = max(n - len(damaged), 1)
+    mean, square = np.array(seen["mean"]) / good, np.array(seen["square"]) / good
+    std = np.sqrt(np.maximum(square - mean**2, 0))
+    lengths = np.repeat([int(side) for side in seen["side"]], list(seen["side"].values()))
+    kinds = ", ".join(f"{count:,} {dtype}" for dtype, count in seen["dtype"].items())
+    print(f"images    {n:,}, {kinds}")
+    low, middle, high = np.quantile(lengths, (0, 0.5, 1)).astype(int)
+    print(f"size      shorter side {low} to {high} px, median {middle}")
+    print(f"channels  data.channels={len(mean)}")
+    print(f"colour    data.mean={np.round(mean, 4).tolist()} data.std={np.round(std, 4).tolist()}")
+    print(f"damaged   {len(damaged):,}" + (f", named in {path}" if damaged else ""))
+    if damaged:
+        Path(path).write_text("\n".join(damaged) + "\n")
+
+
+def write_aside(path, text):
+    """A file is there as a whole or not at all, whenever the process is killed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f"{path.name}.{os.getpid()}")
+    aside.write_text(text)
+    os.replace(aside, path)
+
+
+# ---- pack ---------------------------------------------------------------------------------------
+
+
+def show_pack(cfg, options):
+    """`python -m images pack`: write a source as tar shards; goes on where it was interrupted."""
+    if not options.to:
+        raise UserError("pack: where to? give a folder, as in to=/data/shards")
+    source, folder = open_source(cfg.data.root, cfg), Path(options.to)
+    plan = {"source": os.path.abspath(cfg.data.root), "images": len(source)}
+    plan |= {key: getattr(options, key) for key in ("short", "per_shard")}
+    with config.writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        plan_file = folder / "pack.json"
+        if plan_file.exists() and json.loads(plan_file.read_text()) != plan:
+            raise UserError(
+                f"{folder}: holds shards of another pack command; choose another folder"
+            )
+        if not plan_file.exists() and any(folder.iterdir()):
+            raise UserError(f"{folder}: is not empty; choose another folder")
+        write_aside(plan_file, json.dumps(plan, indent=1))
+        if source.classes:
+            write_aside(folder / "classes.txt", "".join(f"{name}\n" for name in source.classes))
+        damaged = pack(source, folder, options.short, options.per_shard, cfg)
+    print(f"{len(source) - damaged:,} images in {folder}; train with data.root={folder}")
+
+
+def pack(source, folder, short, per_shard, cfg):
+    """Write what is missing of the shards; returns how many damaged images were left out.
+
+    Image i goes to shard i // per_shard, in order: training on the shards sees the same images
+    in the same order as training on the source.
+    """
+    damaged = 0
+    for start in range(0, len(source), per_shard):
+        path = folder / f"{start // per_shard:06d}.tar"
+        if path.exists():
+            continue
+        aside = path.with_suffix(".part")
+        numbers = range(start, min(start + per_shard, len(source)))
+        members = ordered(partial(member, source, short), numbers, cfg, path.name)
+        with tarfile.open(aside, "w") as tar:
+            for i, (name, data) in zip(numbers, members, strict=True):
+                if data is None:
+                    damaged += 1
+                    warn(f"left out, damaged: {name}")
+                    continue
+                add(tar, name, data)
+                if source.label(i) >= 0:
+                    add(tar, f"{name.rpartition('.')[0]}.cls", str(source.label(i)).encode())
+        os.replace(aside, path)
+    return damaged
+
+
+def add(tar, name, data):
+    info = tarfile.TarInfo(name)
+    info.size = len(data)
+    tar.addfile(info, io.BytesIO(data))
+
+
+def member(source, short, i):
+    """(name in the shard, bytes) of one image; (its name, None) if it has to be read and cannot."""
+    parts = [p for p in PurePosixPath(source.name(i)).parts if p not in ("/", "..")]
+    stem, _, kind = parts[-1].rpartition(".")
+    # The key of a sample ends at the first dot. The number keeps a.jpg and a.png apart.
+    key = "/".join([*parts[:-1], f"{(stem or kind).replace('.', '_')}-{i:08d}"])
+    data = source.data(i) if hasattr(source, "data") else None
+    if data is not None and not short:
+        return f"{key}.{kind.lower()}", data
+    try:
+        image = source.read(i)
+    except Exception as error:
+        return f"{source.name(i)}: {' '.join(str(error).split())}", None
+    height, width = image.shape[:2]
+    if data is not None and min(height, width) <= short:
+        return f"{key}.{kind.lower()}", data
+    if short and min(height, width) > short:
+        scale = short / min(height, width)
+        image = resize(image, round(height * scale), round(width * scale))
+    return encode(image, key, jpeg=kind.lower() in ("jpg", "jpeg"))
+
+
+def encode(image, key, jpeg):
+    """As what it came from: a photograph stays a JPEG (quality 95), the rest loses nothing."""
+    file = io.BytesIO()
+    if image.dtype != np.uint8 or image.shape[2] not in (1, 3, 4):
+        np.save(file, image)
+        return f"{key}.npy", file.getvalue()
+    picture = Image.fromarray(image[:, :, 0] if image.shape[2] == 1 else image)
+    if jpeg and image.shape[2] != 4:
+        picture.save(file, "JPEG", quality=95)
+        return f"{key}.jpg", file.getvalue()
+    picture.save(file, "PNG")
+    return f"{key}.png", file.getvalue()
+
+
+# ---- show ---------------------------------------------------------------------------------------
+
+
+def show_crops(cfg, options):
+    from pictures.history import draw_crops  # brings the network along, which nothing else needs
+
+    path = Path(options.to or "crops.png")
+    draw_crops(open_source(cfg.data.root, cfg), cfg, path)
+    print(f"see {path}")
+
+
+COMMANDS = {"index": show_index, "stats": show_stats, "pack": show_pack, "show": show_crops}
+
+
+@config.report_errors
+def main(argv):
+    if len(argv) < 2 or {"-h", "--help"} & set(argv):
+        print(__doc__)
+        sys.exit(0 if {"-h", "--help"} & set(argv) else 2)
+    if argv[0] not in COMMANDS:
+        raise UserError(f"unknown command {argv[0]}: use one of {', '.join(COMMANDS)}")
+    COMMANDS[argv[0]](*parse(argv[1:]))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

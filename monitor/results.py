@@ -1,0 +1,60 @@
+"""What a run has reached: k-NN on the way, and at the end summary.json and the pictures.
+
+    knn          accuracy of k-NN (k = 20) on held-out images, by the teacher's features
+    knn_random   the same of the untrained network   } what training has to beat
+    knn_pixels   the same of the pixels themselves   }
+    knn_teacher  of the teacher of a distillation
+    knn_start    of the network that init_from gave, before the first step: what must not get worse
+
+All in percent.
+"""
+
+import eval_knn
+from pictures.history import draw_curves, draw_pca, keep_frame
+
+K_REPORTED = 20  # the `knn` of log and summary; the other k are in the summary
+MOST_PIXELS = 2**31  # 8 GB of fp32 features; ImageNet at 224 px has 90 times as many
+
+
+def evaluate(backbone, held_out, cfg, device, floors=False):
+    """k-NN accuracy of the backbone; with floors (at step 0) also of raw pixels, if they fit.
+
+    At step 0 the backbone is what the run starts with, which is the other floor.
+    """
+    if held_out is None:
+        return {}
+    result = {"knn": headline(eval_knn.evaluate(backbone, held_out, cfg, device))}
+    if floors:
+        result["knn_start" if cfg.init_from else "knn_random"] = result["knn"]
+        numbers = len(held_out[0]) * cfg.data.channels * cfg.crops.global_size**2
+        if numbers < MOST_PIXELS:
+            pixels = eval_knn.evaluate(eval_knn.RawPixels(), held_out, cfg, device)
+            result["knn_pixels"] = headline(pixels)
+    return result
+
+
+def headline(scores):
+    """The one figure to report of many k: of 20, or of what so few training images allow."""
+    return scores.get(f"knn_{K_REPORTED}", next(iter(scores.values()), None))
+
+
+def final_report(report, backbone, source, held_out, cfg, device):
+    """After the last step: k-NN with every k, the pictures of the run, and summary.json."""
+    scores = eval_knn.evaluate(backbone, held_out, cfg, device) if held_out else {}
+    source = held_out[1] if held_out else source
+    keep_frame(cfg.steps, backbone, source, cfg)
+    if report.rank:
+        return
+    knn, seconds = headline(scores), report.seconds()
+    report.evaluation(cfg.steps, {"knn": knn} if held_out else {})
+    summary = {"knn": knn, "knn_random": None, "knn_pixels": None, **report.floors, **scores}
+    summary |= {"images": cfg.steps * cfg.batch, "seconds": seconds, "steps": cfg.steps}
+    if cfg.log.pictures:
+        draw_curves(report.out)
+        draw_pca(source, cfg, report.out / "pca.png", device)
+    report.summary(summary)
+    text = f"done: {summary['images']:,} images in {seconds:.0f} s"
+    if held_out:
+        text += f"; k-NN {knn:.1f} %{report.to_beat()}"
+    pictures = "curves.png, crops.png, pca.png, " if cfg.log.pictures else ""
+    report.close(f"{text}\nsee {report.out}/: {pictures}summary.json, log.jsonl, teacher.pt")

@@ -1,0 +1,483 @@
+"""evals/linear.py: 52 textbook probes, an honest choice among them, and classifiers to keep.
+
+Run: pytest tests/test_evals_linear.py        (some ten seconds; helpers are in tests/running.py)
+"""
+
+import csv
+import json
+import os
+import shutil
+import socket
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from running import make_photos, server
+from test_readme import README, commands
+
+from config import Config, UserError, to_dict
+from evals import classifier as classifiers
+from evals import labelled, probe
+from evals import linear as eval_linear
+from evals.classifier import Classifier, Head, features, tokens
+from evals.labelled import Target, hold_out, labelled_images
+from evals.logistic import logistic_path, objective, penalties
+from evals.probe import Candidates, Probe, feature_sets
+from images.sources import Arrays
+from vit import VisionTransformer, build_backbone
+
+# ---- the 52 probes ------------------------------------------------------------------------------
+
+
+def test_the_probe_is_52_linear_layers_with_sgd_and_a_cosine(monkeypatch):
+    dim, blocks, classes, steps, batch = 3, 4, 5, 7, 16
+    x, label = torch.randn(steps, batch, 5 * dim), torch.randint(classes, (steps, batch))
+    fast = Probe(classes, blocks, dim, batch)
+    assert len(fast.heads.names) == 52
+    start = fast.heads.weight_HCF.clone()
+    for step in range(steps):
+        fast.step(x[step], label[step], step / steps)
+
+    h = 0
+    for rate in probe.RATES:
+        for mean in False, True:
+            for last in 1, 4:
+                cls = list(range((blocks - last) * dim, blocks * dim))
+                columns = cls + list(range(blocks * dim, (blocks + 1) * dim)) * mean
+                layer = torch.nn.Linear(len(columns), classes)
+                layer.weight.data, layer.bias.data = start[h][:, columns].clone(), torch.zeros(5)
+                # The official constants: momentum 0.9, no decay, lr for 256 images, cosine to 0.
+                solver = torch.optim.SGD(
+                    layer.parameters(), rate * batch / 256, momentum=0.9, weight_decay=0
+                )
+                cosine = torch.optim.lr_scheduler.CosineAnnealingLR(solver, steps, eta_min=0)
+                for step in range(steps):
+                    loss = F.cross_entropy(layer(x[step][:, columns]), label[step])
+                    solver.zero_grad()
+                    loss.backward()
+                    solver.step()
+                    cosine.step()
+                weight = fast.heads.weight_HCF[h]
+                torch.testing.assert_close(weight[:, columns], layer.weight.data)
+                torch.testing.assert_close(fast.heads.bias_HC[h], layer.bias.data)
+                others = [c for c in range(5 * dim) if c not in columns]
+                assert not weight[:, others].any(), "a classifier looks where it must not"
+                h += 1
+    assert not torch.equal(start, fast.heads.weight_HCF)
+
+
+def test_the_first_weights_are_the_official_ones():
+    start = Probe(100, 4, 64, 128).heads
+    used = start.weight_HCF[start.weight_HCF != 0]
+    assert used.std().item() == pytest.approx(0.01, rel=0.01) and not start.bias_HC.any()
+    assert len(used) == 13 * 100 * 64 * (1 + 4 + 2 + 5)
+
+
+def test_images_without_a_label_do_not_count():
+    x, label = torch.randn(6, 10), torch.tensor([0, -1, 2, 1, -1, 0])
+    some, all_ = Probe(3, 1, 5, 6), Probe(3, 1, 5, 6)
+    some.step(x[label >= 0], label[label >= 0], 0)
+    all_.step(x, label, 0)
+    assert torch.equal(some.heads.weight_HCF, all_.heads.weight_HCF)
+    before = all_.heads.weight_HCF.clone()
+    all_.momenta[0].zero_()
+    all_.step(x[:2], torch.tensor([-1, -1]), 0)  # nobody has a label: nothing moves, nothing is nan
+    assert torch.equal(all_.heads.weight_HCF, before)
+
+
+def test_a_shallow_backbone_has_each_feature_set_once():
+    assert [name for name, _ in feature_sets(1, 2)] == [
+        "last 1 [CLS]",
+        "last 1 [CLS] and mean patch",
+    ]
+
+
+def test_features_are_the_last_cls_tokens_and_the_mean_patch():
+    backbone = VisionTransformer((8, 5, 2, "mlp"), 4, image_size=8, registers=2).eval()
+    image = torch.randn(3, 3, 8, 12)
+    x = features(tokens(backbone, image)).unflatten(1, (5, 8))
+    last = backbone.forward_features(image)
+    torch.testing.assert_close(x[:, 3], last["x_norm_clstoken"])
+    torch.testing.assert_close(x[:, 4], last["x_norm_patchtokens"].mean(dim=1))
+    kept = backbone.blocks[:2]  # the first of the last four [CLS] is that after the second block
+    backbone.blocks = kept
+    torch.testing.assert_close(x[:, 0], backbone(image))
+
+
+# ---- logistic regression ------------------------------------------------------------------------
+
+
+def noisy_classes(n=60, dim=3, classes=4):
+    label = torch.randint(classes, (n,))
+    return (torch.randn(n, dim) + 5 + label[:, None] * torch.tensor([1.0, 0, -0.5])), label
+
+
+def test_the_gradient_is_zero_at_the_optimum():
+    x, label = noisy_classes()
+    values = penalties(9)
+    weights, biases = logistic_path(x, label, 4, values, tolerance=1e-7)
+    for value, weight, bias in zip(values, weights.double(), biases.double(), strict=True):
+        chance = (x.double() @ weight.T + bias).softmax(dim=1)
+        error = chance - F.one_hot(label, 4)
+        pull, hold = error.T @ x.double() / len(x), weight / (value * len(x))
+        torch.testing.assert_close(pull, -hold, rtol=1e-3, atol=1e-5)
+        assert error.mean(dim=0).abs().max() < 1e-5
+
+
+def test_newtons_method_finds_the_same_optimum():
+    x, label = noisy_classes(classes=2)
+    (weight,), (bias,) = logistic_path(x, label, 2, [1.0], tolerance=1e-7)
+    p = torch.zeros(8, dtype=torch.float64)
+
+    def value(p):
+        return objective(p[:6].view(2, 3), p[6:], x.double(), label, 1.0)
+
+    for _ in range(20):
+        gradient = torch.autograd.functional.jacobian(value, p)
+        hessian = torch.autograd.functional.hessian(value, p)
+        p = p - torch.linalg.pinv(hessian) @ gradient  # the sum of the biases is free
+    torch.testing.assert_close(weight, p[:6].view(2, 3).float(), rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(bias[1] - bias[0], (p[7] - p[6]).float(), rtol=1e-3, atol=1e-3)
+
+
+def test_without_a_say_of_the_images_the_classes_are_as_frequent_as_they_are():
+    x, label = noisy_classes()
+    (weight,), (bias,) = logistic_path(x, label, 4, [1e-12])
+    share = label.bincount(minlength=4) / len(label)
+    torch.testing.assert_close((x @ weight.T + bias).softmax(dim=1)[0], share, rtol=0, atol=1e-4)
+
+
+def test_shares_of_classes_are_labels_too():
+    x, label = noisy_classes()
+    hard, soft = (logistic_path(x, y, 4, [1.0], 1e-7) for y in (label, F.one_hot(label, 4).float()))
+    torch.testing.assert_close(hard, soft, rtol=1e-3, atol=1e-4)
+
+
+def test_the_penalties_are_the_official_45():
+    assert len(penalties()) == 45
+    assert penalties()[0] == pytest.approx(1e-6) and penalties()[-1] == pytest.approx(1e5)
+
+
+# ---- who chooses --------------------------------------------------------------------------------
+
+
+def test_held_out_images_are_others_and_every_class_keeps_one():
+    first = Target("a", ["x", "y"], torch.tensor([0] * 50 + [1, 1, -1]), None)
+    second = Target("b", ["v", "w"], torch.tensor([0, 1] * 26 + [-1]), None)
+    for seed in range(20):
+        kept, held = hold_out([first, second], 0.3, seed)
+        assert len(held) == round(0.3 * 52)
+        assert sorted([*kept.tolist(), *held.tolist()]) == list(range(52))  # 52 has no label
+        for target in first, second:
+            assert set(target.train_N[kept].tolist()) == {0, 1}
+    many, _ = hold_out([first], 0.99)
+    assert set(first.train_N[many].tolist()) == {0, 1}
+
+
+def test_the_test_images_do_not_choose():
+    """One candidate is right about the held-out image, the other about the test images."""
+    good_for_held, good_for_test = torch.tensor([[1.0], [-1]]), torch.tensor([[-1.0], [1]])
+    found = Candidates(
+        ["test", "held"], torch.stack((good_for_test, good_for_held)), torch.zeros(2, 2)
+    )
+    trained = []
+
+    def train(s, rows, chosen=None):
+        trained.append(rows.tolist())
+        return [found]
+
+    s = SimpleNamespace(
+        targets=[Target("t", ["a", "b"], torch.tensor([0, 0, 1, 0]), torch.tensor([1, 1, 1, 0]))],
+        x_NF=torch.ones(4, 1), x_MF=torch.ones(4, 1), device="cpu", o=SimpleNamespace(refit=True),
+    )  # fmt: skip
+    (result,) = eval_linear.choose(s, "linear", train, torch.tensor([0, 2]), torch.tensor([1, 3]))
+    assert (result.chosen, result.held_out, result.test, result.best) == ("held", 100, 25, 75)
+    assert trained == [[0, 2], [0, 1, 2, 3]]
+    assert torch.equal(result.head.weight_CF, good_for_held)
+
+
+# ---- images -------------------------------------------------------------------------------------
+
+
+def array(n=12, size=16):
+    rng = np.random.default_rng(0)
+    images = rng.integers(128, size=(n, size, size, 3), dtype=np.uint8)
+    images[1::2] += 127
+    return Arrays(images, np.arange(n) % 2, ["a", "b"], "noise")
+
+
+def tiny_config(**changes):
+    cfg = Config(precision="fp32", device="cpu")
+    cfg.crops.global_size, cfg.data.workers, cfg.vit.patch, cfg.vit.size = 16, 0, 8, "nano"
+    for key, value in changes.items():
+        setattr(cfg, key, value)
+    return cfg
+
+
+def tiny_backbone():
+    return VisionTransformer((16, 3, 2, "mlp"), 8, image_size=16, layerscale=0.1, init_std=0).eval()
+
+
+def test_random_crops_show_their_own_rows_and_each_once():
+    source, cfg = array(), tiny_config()
+    rows = torch.tensor([1, 4, 5, 7])
+    found = list(labelled.augmented_batches(source, rows, cfg, 3, 4, "cpu", seed=1))
+    assert [sorted(row.tolist()) for _, row in found] == [rows.tolist()] * 3
+    assert found[0][0].shape == (4, 3, 16, 16) and not torch.equal(found[0][0][0], found[1][0][0])
+    halves = [
+        list(labelled.augmented_batches(source, rows, cfg, 3, 4, "cpu", 1, r, 2)) for r in (0, 1)
+    ]
+    for (image, _), (first, _), (second, _) in zip(found, *halves, strict=True):
+        assert torch.equal(torch.stack((first, second), dim=1).flatten(0, 1), image)
+
+
+def test_a_damaged_image_is_known_by_its_row():
+    source, cfg, backbone = array(), tiny_config(), tiny_backbone()
+    whole, damaged = eval_linear.extract(backbone, source, cfg, "cpu", "images")
+    assert not damaged.any()
+    read = source.read
+    source.read = lambda i: read(i) if i != 3 else 1 / 0
+    x, damaged = eval_linear.extract(backbone, source, cfg, "cpu", "images")
+    assert damaged.nonzero().flatten().tolist() == [3]
+    assert torch.equal(x[~damaged], whole[~damaged]) and torch.equal(x[3], whole[4])
+
+
+def cars(folder):
+    """Ten photos, nine to train and one to test, and what is asked of them."""
+    for i in range(20):
+        pixels = np.full((20, 24, 3), 12 * i, np.uint8)
+        Image.fromarray(pixels).save(folder / f"{i:02}.png")
+    rows = [
+        [f"{i:02}.png", ["volvo", "saab"][i % 2], ["red", "blue", ""][i % 3]] for i in range(20)
+    ]
+    with open(folder / "cars.csv", "w", newline="") as file:
+        csv.writer(file).writerows([["path", "make", "colour"], *rows[:19]])
+    return folder / "cars.csv"
+
+
+def test_a_table_holds_several_targets(tmp_path):
+    table = cars(tmp_path)
+    cfg = tiny_config()
+    cfg.data.root = str(tmp_path)
+    train, test, (make, colour) = labelled_images(cfg, str(table))
+    assert (make.name, make.classes, colour.classes) == ("make", ["saab", "volvo"], ["blue", "red"])
+    assert len(train) == 18 and [test.name(i) for i in range(2)] == ["00.png", "10.png"]
+    assert colour.train_N.tolist() == [0, -1, 1, 0, -1, 1, 0, -1, 1, -1, 1, 0, -1, 1, 0, -1, 1, -1]
+    assert make.train_N[-1] == -1, "19.png is not in the table"
+    assert [t.name for t in labelled_images(cfg, str(table), "colour")[2]] == ["colour"]
+
+
+# ---- classifiers --------------------------------------------------------------------------------
+
+
+def heads(backbone, *classes):
+    wide = 16 * 4
+    return [Head(f"t{n}", [f"c{i}" for i in range(n)], torch.randn(n, wide), torch.randn(n))
+            for n in classes]  # fmt: skip
+
+
+OPTIONS = SimpleNamespace(finetune=1, tune_lr=1e-3, tune_iterations=4, batch=6, seed=0)
+
+
+@pytest.mark.parametrize("neck", [0, 6])
+def test_a_saved_classifier_is_the_same_one(tmp_path, neck):
+    backbone = tiny_backbone()
+    before = Classifier(backbone, heads(backbone, 3, 2), neck).eval()
+    image = torch.randn(2, 3, 16, 24)
+    x = features(tokens(backbone, image))
+    for head, logit in zip(before.heads, before(image), strict=True):
+        x_BF = x if not neck else torch.cat((x, before.neck(patch_map(backbone, image))), dim=1)
+        torch.testing.assert_close(logit, x_BF @ head.weight.T + head.bias)
+    classifiers.save(before, tiny_config(), tmp_path / "c.pt")
+    after, cfg = classifiers.load(tmp_path / "c.pt", with_config=True)
+    assert after.targets == [("t3", ["c0", "c1", "c2"]), ("t2", ["c0", "c1"])] or after.targets == [
+        ("t3", ("c0", "c1", "c2")), ("t2", ("c0", "c1"))]  # fmt: skip
+    assert to_dict(cfg) == to_dict(tiny_config())
+    for a, b in zip(before(image), after(image), strict=True):
+        assert torch.equal(a, b)
+
+
+def patch_map(backbone, image):
+    return backbone.get_intermediate_layers(image, 1, reshape=True)[0]
+
+
+def test_a_neck_has_no_say_at_first_and_one_later():
+    backbone, source = tiny_backbone(), array()
+    plain, necked = (Classifier(backbone, heads(backbone, 2), neck) for neck in (0, 6))
+    necked.heads[0].weight.data[:, :64] = plain.heads[0].weight.data
+    necked.heads[0].bias.data = plain.heads[0].bias.data.clone()
+    image = torch.randn(2, 3, 16, 16)
+    torch.testing.assert_close(plain(image)[0], necked(image)[0])
+    labels, rows = [torch.arange(12) % 2], torch.arange(12)
+    classifiers.finetune(necked, source, labels, rows, tiny_config(), OPTIONS, "cpu")
+    assert necked.heads[0].weight[:, 64:].any()
+
+
+def test_fine_tuning_moves_the_last_blocks_alone_and_fits_the_images():
+    backbone, source = tiny_backbone(), array()
+    before = {name: value.clone() for name, value in backbone.named_parameters()}
+    own = Classifier(backbone, heads(backbone, 2))
+    labels, rows = [torch.arange(12) % 2], torch.arange(12)
+    assert classifiers.percentages(own, source, labels, tiny_config(), "cpu")[0] < 100
+    o = SimpleNamespace(**vars(OPTIONS) | {"tune_iterations": 60})
+    classifiers.finetune(own, source, labels, rows, tiny_config(), o, "cpu")
+    moved = {
+        name for name, value in backbone.named_parameters() if not torch.equal(value, before[name])
+    }
+    assert moved and all(name.startswith(("blocks.2.", "norm.")) for name in moved)
+    assert classifiers.percentages(own, source, labels, tiny_config(), "cpu") == [100]
+
+
+# ---- the command --------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with photos of two classes and a backbone that was never trained."""
+    folder = tmp_path_factory.mktemp("linear")
+    cfg = tiny_config()
+    cfg.vit.layerscale, cfg.vit.init_std = 0.1, 0
+    cfg.data.root = str(make_photos(folder / "photos"))
+    torch.manual_seed(0)
+    state = {"backbone": build_backbone(cfg).state_dict(), "config": to_dict(cfg), "step": 0}
+    (folder / "run").mkdir()
+    torch.save(state, folder / "run" / "teacher.pt")
+    (folder / "cars").mkdir()
+    cars(folder / "cars")
+    return folder
+
+
+QUICK = ["iterations=20", "batch=8", "logistic=3"]
+
+
+def test_the_command_classifies_and_predict_labels_a_folder(place, tmp_path, capsys):
+    run, saved, out = place / "run", tmp_path / "c.pt", tmp_path / "labels.csv"
+    eval_linear.main([str(run), *QUICK, f"save={saved}"])
+    said = capsys.readouterr().out
+    assert "class: 2 classes, 30 training, 10 test" in said and "as official" in said
+    linear, logistic = json.loads((run / "linear.json").read_text())
+    assert linear["method"] == "linear" and linear["best"] >= linear["test"]
+    assert logistic["test"] == 100, "dark and light are not told apart"
+
+    new = make_photos(tmp_path / "new", [("x", 6)])
+    (new / "x" / "dark" / "broken.png").write_bytes(b"not a picture")
+    eval_linear.main(["predict", str(saved), str(new), f"out={out}"])
+    assert "1 damaged" in capsys.readouterr().err
+    with open(out, newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 6 and "broken" not in out.read_text()
+    for row in rows:
+        assert row["class"] in row["path"]
+        chances = [float(row[f"class: {name}"]) for name in ("dark", "light")]
+        assert sum(chances) == pytest.approx(1, abs=1e-3)
+        assert float(row["class probability"]) == max(chances)
+
+
+def test_several_targets_augmentation_and_fine_tuning_go_together(place, tmp_path, capsys):
+    words = [f"data.root={place / 'cars'}", f"labels={place / 'cars' / 'cars.csv'}", "data.val="]
+    words += [
+        "augment=true",
+        "finetune=1",
+        "neck=4",
+        "tune_iterations=2",
+        f"save={tmp_path / 'c.pt'}",
+    ]
+    eval_linear.main([str(place / "run"), *QUICK, "iterations=2", *words])
+    said = capsys.readouterr().out
+    assert said.count("fine-tuned") == 2
+    after = classifiers.load(tmp_path / "c.pt")
+    assert [name for name, _ in after.targets] == ["make", "colour"] and after.neck is not None
+
+
+@pytest.mark.parametrize("words", commands(README, "evals/linear.py"), ids=" ".join)
+def test_a_command_of_the_readme_runs(place, tmp_path, words, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(place / "run", tmp_path / "runs" / "default")
+    if words[0] == "predict":
+        saved = Classifier(
+            tiny_backbone(), [Head("t", ["a", "b"], torch.zeros(2, 64), torch.zeros(2))]
+        )
+        classifiers.save(saved, tiny_config(), tmp_path / words[1])
+        eval_linear.main([*words[:2], str(place / "photos"), *words[3:]])
+        assert (tmp_path / "labels.csv").exists()
+    else:
+        eval_linear.main([*words, *QUICK])
+        assert (tmp_path / "runs" / "default" / "classifier.pt").exists()
+
+
+BAD = [
+    (["{run}", "batch=0"], "batch must be at least 1"),
+    (["{run}", "iterations=few"], "iterations must be a whole number"),
+    (["{run}", "seed=[1"], "seed must be a whole number"),
+    (["{run}", "held_out=1.0"], "held_out=1.0"),
+    (["{run}", "finetune=9"], "the backbone has 6 blocks"),
+    (["{run}", "data.rot=x"], "did you mean data.root?"),
+    (["{run}", "iteration=5"], "unknown key iteration; did you mean iterations?"),
+    (["{run}", "data.root={photos}/train/dark"], "set data.val or labels="),
+    (["{run}", "data.channels=1", "data.mean=[0.5]", "data.std=[0.5]"], "trained on images with 3"),
+    (["{run}", "data.root={cars}", "labels={cars}/cars.csv", "targets=age"],
+     "targets=age: no such column in"),
+    (["{run}", "data.root={photos}", "labels={cars}/cars.csv"], "none of the training images"),
+    (["{run}", "data.root={cars}", "labels={cars}/none.csv"], "No such file"),
+    (["{run}", "data.root={cars}", "labels={cars}/00.png"], "cannot be read"),
+    (["{run}", "save=/nowhere/c.pt"], "save=/nowhere/c.pt: cannot be written"),
+    (["predict", "{run}/teacher.pt", "{photos}"], "not a classifier"),
+    (["predict", "{run}", "{photos}"], "not a classifier; evals.linear RUN save=FILE writes one"),
+    (["predict", "{run}/teacher.pt"], "FOLDER is missing"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("words, expected", BAD)
+def test_bad_input_is_one_line(place, capsys, words, expected):
+    places = {"run": place / "run", "photos": place / "photos", "cars": place / "cars"}
+    refused([word.format(**places) for word in words], capsys, expected)
+
+
+def refused(words, capsys, expected):
+    with pytest.raises(SystemExit) as leaving:
+        eval_linear.main([*words, *(["iterations=2"] if words[0] != "predict" else [])][:9])
+    line = capsys.readouterr().err
+    assert leaving.value.code == 2 and line.startswith("error: ") and line.count("\n") == 1
+    assert expected in line
+
+
+def test_a_class_that_cannot_be_learned_is_named(place, tmp_path, capsys):
+    photos = make_photos(tmp_path / "photos", [("train", 8), ("val", 4)])
+    root = f"data.root={photos}"
+    (photos / "train" / "grey").mkdir()
+    Image.new("RGB", (20, 20)).save(photos / "train" / "grey" / "1.png")
+    refused([str(place / "run"), root], capsys, "class grey (class) has 1 training image")
+    (photos / "train" / "grey" / "1.png").unlink()
+    (photos / "val" / "grey").mkdir()
+    Image.new("RGB", (20, 20)).save(photos / "val" / "grey" / "1.png")
+    refused([str(place / "run"), root], capsys, "class grey is not in the training images")
+    with pytest.raises(UserError, match=r"class b \(x\) has no training image"):
+        labelled.check(Target("x", ["a", "b"], torch.tensor([0, 0]), torch.tensor([0, 1])))
+
+
+def as_rank(rank, port, words):
+    """What one of two processes does that torchrun would have started."""
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2")
+    os.environ.update(MASTER_ADDR="localhost", MASTER_PORT=str(port))
+    torch.set_num_threads(1)
+    eval_linear.main(words)
+
+
+def test_two_ranks_find_what_one_finds(place):
+    run, words = place / "run", [str(place / "run"), *QUICK, "augment=true", "iterations=10"]
+    eval_linear.main(words)
+    alone = json.loads((run / "linear.json").read_text())
+    (run / "linear.json").unlink()
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    both = [server().Process(target=as_rank, args=(rank, port, words)) for rank in range(2)]
+    for process in both:
+        process.start()
+    for process in both:
+        process.join(120)
+    assert [process.exitcode for process in both] == [0, 0]
+    assert json.loads((run / "linear.json").read_text()) == alone

@@ -1,0 +1,230 @@
+"""Folders, lists and shards are found whole, cached honestly, and hostile tars refused.
+
+Run: pytest tests/test_images_index.py       (a second; files are written to a temporary folder)
+"""
+
+import io
+import os
+import tarfile
+
+import numpy as np
+import pytest
+
+from config import UserError
+from images import index
+from images.index import find_images, index_folder, index_list, index_shard, index_shards, map_npz
+
+
+def names_of(found):
+    return [found.name(i) for i in range(len(found.ends))]
+
+
+def touch(root, *names):
+    for name in names:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(b"")
+    return root
+
+
+def write_tar(path, members):
+    """Members by name; instead of bytes, type and target of something that is no file."""
+    with tarfile.open(path, "w") as tar:
+        for name, content in members.items():
+            info = tarfile.TarInfo(name)
+            if isinstance(content, bytes):
+                info.size = len(content)
+                tar.addfile(info, io.BytesIO(content))
+            else:
+                info.type, info.linkname = content
+                tar.addfile(info)
+    return path
+
+
+# ---- cache --------------------------------------------------------------------------------------
+
+
+def settle(*paths):
+    for path in paths:
+        os.utime(path, (1e9, 1e9))  # as if it had been written long ago
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(index, "CACHE", tmp_path / "cache")
+    monkeypatch.setattr(index, "SLOW", 0)
+    return tmp_path / "cache"
+
+
+def test_an_unchanged_folder_is_not_searched_again(tmp_path, cache, monkeypatch):
+    photos = touch(tmp_path / "photos", "cat/1.jpg", "dog/2.jpg")
+    settle(photos, photos / "cat", photos / "dog")
+    first = index_folder(photos)
+    monkeypatch.setattr(index, "find_images", None)
+    again = index_folder(photos)
+    assert names_of(again) == names_of(first) == ["cat/1.jpg", "dog/2.jpg"]
+    assert again.classes == ["cat", "dog"] and again.labels.tolist() == [0, 1]
+    assert isinstance(again.names, np.memmap)  # all processes share it
+
+
+def test_a_changed_folder_is_searched_again(tmp_path, cache):
+    photos = touch(tmp_path / "photos", "cat/1.jpg", "dog/2.jpg")
+    settle(photos, photos / "cat", photos / "dog")
+    index_folder(photos)
+    touch(photos, "cat/3.jpg")
+    assert names_of(index_folder(photos)) == ["cat/1.jpg", "cat/3.jpg", "dog/2.jpg"]
+    (photos / "dog" / "2.jpg").rename(photos / "dog" / "4.jpg")
+    assert names_of(index_folder(photos)) == ["cat/1.jpg", "cat/3.jpg", "dog/4.jpg"]
+
+
+def test_what_was_changed_a_moment_ago_is_not_cached(tmp_path, cache):
+    index_folder(touch(tmp_path / "photos", "1.jpg"))
+    assert not cache.exists()
+
+
+def test_a_damaged_cache_is_made_anew(tmp_path, cache):
+    photos = touch(tmp_path / "photos", "1.jpg")
+    settle(photos)
+    index_folder(photos)
+    (file,) = cache.iterdir()
+    whole = file.read_bytes()
+    for damaged in [b"", whole[:100], b"no zip file"]:
+        file.write_bytes(damaged)
+        assert names_of(index_folder(photos)) == ["1.jpg"]
+        assert file.read_bytes()[:4] == whole[:4]
+
+
+def test_a_folder_of_many_names_needs_little_more_than_their_letters():
+    found = index.make_index([f"some/folder/{i:08d}.jpg" for i in range(10_000)], ["a"] * 10_000)
+    assert sum(array.nbytes for array in found[:4]) == 10_000 * (24 + 8 + 4)
+    assert found.name(0) == "some/folder/00000000.jpg"
+    assert found.name(9_999) == "some/folder/00009999.jpg"
+
+
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+def test_map_npz_equals_load(tmp_path, save):
+    arrays = {
+        "x": np.arange(24, dtype=np.uint16).reshape(2, 3, 4),
+        "fortran": np.asfortranarray(np.arange(6.0).reshape(2, 3)),
+        "empty": np.zeros((0, 3)),
+    }
+    save(tmp_path / "a.npz", **arrays)
+    mapped = map_npz(tmp_path / "a.npz")
+    assert list(mapped) == list(arrays)
+    assert all(np.array_equal(mapped[name], arrays[name]) for name in arrays)
+    assert isinstance(mapped["x"], np.memmap) == (save is np.savez)
+
+
+def test_arrays_of_python_objects_are_not_loaded(tmp_path):
+    np.savez(tmp_path / "a.npz", x=np.array([{"code": "to run"}], dtype=object))
+    with pytest.raises(ValueError, match="Python objects"):
+        map_npz(tmp_path / "a.npz")
+
+
+# ---- folders and lists --------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="may read every folder")
+def test_unreadable_folders_are_left_out_with_a_warning(tmp_path, capsys):
+    touch(tmp_path, "a/1.jpg", "b/2.jpg")
+    (tmp_path / "a").chmod(0)
+    assert find_images(tmp_path)[0] == ["b/2.jpg"]
+    (tmp_path / "a").chmod(0o700)
+    assert "a is left out: Permission denied" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "classes", "labels"),
+    [
+        ("list.txt", "a.jpg\n\nsub/b c.jpg\n", [], [-1, -1]),
+        ("list.csv", 'a.jpg,cat\n"sub/b c.jpg",dog\n', ["cat", "dog"], [0, 1]),
+        ("list.csv", "label,size,path\n,3,a.jpg\ndog,4,sub/b c.jpg\n", ["dog"], [-1, 0]),
+        ("list.tsv", "path\tlabel\na.jpg\t10\nsub/b c.jpg\t9\n", ["9", "10"], [1, 0]),
+    ],
+)
+def test_lists_give_paths_and_labels(tmp_path, name, text, classes, labels):
+    touch(tmp_path, "a.jpg", "sub/b c.jpg")
+    (tmp_path / name).write_text(text)
+    found = index_list(tmp_path / name)
+    assert names_of(found) == ["a.jpg", "sub/b c.jpg"]
+    assert found.classes == classes and found.labels.tolist() == labels
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a.jpg,cat\n,dog\n", "line 2: a label without an image"),
+        ("b.jpg\n", "b.jpg does not exist"),
+    ],
+)
+def test_a_wrong_list_is_one_line(tmp_path, text, message):
+    touch(tmp_path, "a.jpg")
+    (tmp_path / "list.csv").write_text(text)
+    with pytest.raises(UserError, match=message):
+        index_list(tmp_path / "list.csv")
+
+
+# ---- shards -------------------------------------------------------------------------------------
+
+
+def test_a_shard_gives_places_and_labels(tmp_path):
+    path = write_tar(
+        tmp_path / "a.tar",
+        {"x/1.jpg": b"first", "x/1.cls": b"7", "x/1.json": b"{}", "2.PNG": b"second"},
+    )
+    found = index_shard(path)
+    assert names_of(found) == ["x/1.jpg", "2.PNG"]
+    assert found.classes == ["7"] and found.labels.tolist() == [0, -1]
+    data = path.read_bytes()
+    assert [data[o : o + n] for _, o, n in found.slices] == [b"first", b"second"]
+
+
+def test_several_shards_are_one_index(tmp_path):
+    for name, label in [("a", b"10"), ("b", b"9"), ("c", b"10")]:
+        write_tar(tmp_path / f"{name}.tar", {f"{name}.jpg": b"x", f"{name}.cls": label})
+    paths = sorted(tmp_path.glob("*.tar"))
+    found = index_shards(paths)
+    assert names_of(found) == ["a.jpg", "b.jpg", "c.jpg"]
+    assert found.slices[:, 0].tolist() == [0, 1, 2]
+    assert [found.classes[label] for label in found.labels] == ["10", "9", "10"]
+    (tmp_path / "classes.txt").write_text("".join(f"class {i}\n" for i in range(11)))
+    found = index_shards(paths)
+    assert [found.classes[label] for label in found.labels] == ["class 10", "class 9", "class 10"]
+
+
+@pytest.mark.parametrize(
+    "member",
+    [
+        {"../out.jpg": b"x"},
+        {"/etc/out.jpg": b"x"},
+        {"a/../../out.jpg": b"x"},
+        {"link.jpg": (tarfile.SYMTYPE, "/etc/passwd")},
+        {"hard.jpg": (tarfile.LNKTYPE, "1.jpg")},
+        {"device.jpg": (tarfile.CHRTYPE, "")},
+        {"pipe.jpg": (tarfile.FIFOTYPE, "")},
+    ],
+)
+def test_a_shard_with_hostile_members_is_refused_and_extracts_nothing(tmp_path, member):
+    folder = tmp_path / "deep" / "er"
+    folder.mkdir(parents=True)
+    path = write_tar(folder / "a.tar", {"1.jpg": b"x"} | member)
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(UserError, match="refused"):
+        index_shards([path])
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_truncated_shard_gives_its_good_part_and_a_warning(tmp_path, capsys):
+    path = write_tar(tmp_path / "a.tar", {f"{i}.jpg": bytes(700) for i in range(4)})
+    whole = path.read_bytes()
+    assert len(index_shard(path).ends) == 4 and capsys.readouterr().err == ""
+    size = 512 + 1024  # of a member: its header and its padded content
+    for cut, good in [(4 * size, 4), (4 * size - 400, 3), (3 * size + 100, 3), (size + 512, 1)]:
+        path.write_bytes(whole[:cut])
+        assert len(index_shard(path).ends) == good
+        assert "is truncated" in capsys.readouterr().err
+
+
+def test_what_is_no_tar_gives_nothing_and_a_warning(tmp_path, capsys):
+    (tmp_path / "a.tar").write_bytes(b"this is not a tar file" * 100)
+    assert len(index_shard(tmp_path / "a.tar").ends) == 0
+    assert "not an uncompressed tar" in capsys.readouterr().err

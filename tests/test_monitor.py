@@ -1,0 +1,262 @@
+"""monitor/report.py: what a run prints, logs, draws and sums up, whatever the images are.
+
+Run: pytest tests/test_monitor.py        (some ten seconds; helpers are in tests/running.py)
+"""
+
+import json
+import os
+import pty
+import re
+import signal
+import subprocess
+import sys
+import termios
+
+import pytest
+import torch
+from PIL import Image
+from running import ROOT, Run, log_of, make_photos, run, tiny
+from torch import nn
+
+from config import Config
+from monitor import report, results
+
+TERMS = ["dino_global", "dino_local", "ibot", "koleo"]
+HEALTH = ["teacher_entropy", "prototypes_used", "koleo_distance", "rankme"]
+SCHEDULE = ["lr", "last_layer_lr", "weight_decay", "momentum", "teacher_temp"]
+SPEED = ["images_per_second", "data_wait", "memory_gb", "seconds"]
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    return make_photos(tmp_path_factory.mktemp("photos"))
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, photos):
+    """(run folder, what it printed) of a run with pictures."""
+    folder = tmp_path_factory.mktemp("whole")
+    done = run(folder, tiny(folder / "run", photos, "log.pictures=true", "log.every=4"))
+    assert done.code == 0, done.err
+    assert done.err == ""
+    return folder / "run", done.out
+
+
+# ---- files --------------------------------------------------------------------------------------
+
+
+def test_each_line_of_the_log_has_all_numbers(whole):
+    steps = [line for line in log_of(whole[0]) if "loss" in line]
+    assert [line["step"] for line in steps] == [1, 4, 8, 12]
+    assert [line["images"] for line in steps] == [8, 32, 64, 96]
+    for line in steps:
+        assert {*TERMS, *HEALTH, *SCHEDULE, *SPEED, "grad_backbone"} <= line.keys()
+        assert line["loss"] == pytest.approx(sum(line[term] for term in TERMS), rel=1e-4)
+
+
+def test_knn_is_logged_where_it_is_evaluated(whole):
+    found = [(line["step"], sorted(line)) for line in log_of(whole[0]) if "knn" in line]
+    assert [step for step, _ in found] == [0, 5, 10, 12]
+    assert found[0][1] == ["images", "knn", "knn_pixels", "knn_random", "seconds", "step"]
+
+
+def test_the_summary_holds_what_the_run_has_reached(whole):
+    summary = json.loads((whole[0] / "summary.json").read_text())
+    evaluated = [line["knn"] for line in log_of(whole[0]) if "knn" in line]
+    assert summary["knn"] == evaluated[-1] and summary["knn_random"] == evaluated[0]
+    assert 0 <= summary["knn_pixels"] <= 100
+    assert summary["images"] == 96 and summary["seconds"] > 0 and summary["skipped_images"] == 0
+
+
+@pytest.mark.parametrize("name", ["curves.png", "crops.png", "pca.png"])
+def test_the_pictures_are_there(whole, name):
+    assert min(Image.open(whole[0] / name).size) > 100
+
+
+# ---- print --------------------------------------------------------------------------------------
+
+
+def test_the_card_says_what_one_asks_before_a_long_run(whole):
+    card = " ".join(whole[1].split())
+    for text in [
+        "cpu (", "fp32", "1 process", "attention=auto (sdpa)", "30 from", "2 classes",
+        "10 held-out", "nano/8", "backbone", "dino_head", "0 to 12", "3.54e-04 at its peak",
+        "8 images x (2 crops of 16 px + 2 of 8 px)",
+        "dino_global 1.155, dino_local 2.310, ibot 1.733", "ln K = 3.47", str(whole[0]),
+    ]:  # fmt: skip
+        assert text in card, text
+
+
+def test_pixels_that_would_fill_the_memory_are_no_floor(monkeypatch):
+    monkeypatch.setattr(results.eval_knn, "evaluate", lambda *_: {"knn_20": 50.0})
+    for images, fit in (9_469, True), (1_281_167, False):  # Imagenette, ImageNet; at 224 px
+        found = results.evaluate(None, (range(images), []), Config(), None, floors=True)
+        assert ("knn_pixels" in found) == fit and found["knn_random"] == 50.0
+
+
+def test_the_card_says_that_a_learning_rate_never_reaches_its_peak():
+    class Images(list):
+        classes = ()
+
+    cfg = Config()
+    for steps, said in [(20, True), (200, False)]:
+        cfg.steps, cfg.optim.warmup = steps, 100
+        card = report.start_card(cfg, Images([0]), None, nn.Sequential(), torch.device("cpu"), 0)
+        assert ("never reaches: optim.warmup" in " ".join(card.split())) == said
+
+
+LINE = (
+    r"step 4/12  32 images  [\d,]+ images/s  ETA \d\d:\d\d  "
+    r"loss [\d.]+ = dino_global [\d.]+ \+ dino_local [\d.]+ \+ ibot [\d.]+ \+ koleo -?[\d.]+  "
+    r"lr [\de.-]+  data wait \d+%  memory [\d.]+ GB"
+)
+
+
+def test_without_a_terminal_progress_is_lines_of_text(whole):
+    assert len([line for line in whole[1].splitlines() if re.fullmatch(LINE, line)]) == 1
+    assert "\r" not in whole[1] and "\x1b" not in whole[1]
+
+
+def on_a_terminal(words, columns=80):
+    """What a program writes to a terminal of this width."""
+    main, side = pty.openpty()
+    termios.tcsetwinsize(side, (24, columns))
+    with subprocess.Popen(words, stdout=side, stderr=side) as program:
+        os.close(side)
+        written = b""
+        while part := read(main):
+            written += part
+    assert program.returncode == 0, written.decode()
+    return written.decode()
+
+
+def read(file):
+    try:
+        return os.read(file, 65536)
+    except OSError:  # how Linux says that the other side is closed
+        return b""
+
+
+def test_a_terminal_shows_everything_in_rows_of_its_width(tmp_path, photos):
+    words = tiny(tmp_path, photos, "log.knn_every=0", "data.val=")
+    text = on_a_terminal([sys.executable, ROOT / "train.py", *words])
+    rows = [row.strip() for row in re.split(r"[\r\n]|\x1b\[A", text)]
+    for row in [
+        r"step 8/12 \|.*\| 64 images  [\d,]+ images/s  ETA \d\d:\d\d",
+        r"loss [\d.]+ = dino_global [\d.]+ \+ dino_local [\d.]+ \+ ibot [\d.]+ \+ koleo -?[\d.]+",
+        r"lr [\de.-]+  data wait \d+%  memory [\d.]+ GB",
+    ]:
+        found = [each for each in rows if re.fullmatch(row, each)]
+        assert found and all(len(each) <= 80 for each in found), row
+
+
+# ---- images of every kind -----------------------------------------------------------------------
+
+
+def test_a_folder_without_labels_needs_no_knn(tmp_path, photos):
+    words = ["log.pictures=true", "steps=2", "crops.local_count=0"]
+    done = run(tmp_path, tiny(tmp_path / "run", photos / "val" / "dark", *words, "batch=4"))
+    assert done.code == 0, done.err
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["knn"] is None and summary["images"] == 8
+    assert (tmp_path / "run" / "pca.png").exists()
+
+
+def test_a_grey_folder_works_and_says_that_colours_stay(tmp_path):
+    make_photos(tmp_path / "grey", mode="L")
+    words = ["data.channels=1", "data.mean=[0.5]", "data.std=[0.25]", "log.pictures=true"]
+    done = run(tmp_path, tiny(tmp_path / "run", tmp_path / "grey", *words, "steps=2"))
+    assert done.code == 0, done.err
+    assert "colour changes need RGB and are left out" in done.out
+
+
+def test_fewer_labelled_images_than_k_still_give_a_figure(tmp_path, photos):
+    make_photos(tmp_path / "few", [("train", 8), ("val", 4)])
+    done = run(tmp_path, tiny(tmp_path / "run", tmp_path / "few", "steps=1"))
+    assert done.code == 0, done.err
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["knn"] is not None
+
+
+def spoil(folder, count):
+    """Turn images into text files."""
+    for path in sorted((folder / "train" / "dark").iterdir())[:count]:
+        path.write_text("no image")
+
+
+def test_a_damaged_image_is_skipped_counted_and_named_once(tmp_path):
+    spoil(make_photos(tmp_path / "photos", [("train", 120), ("val", 4)]), 1)
+    words = ["steps=30", "log.every=5", "log.knn_every=0"]  # two epochs
+    stopped = Run(tmp_path, tiny(tmp_path / "run", tmp_path / "photos", *words))
+    stopped.wait_for(lambda: len(log_of(tmp_path / "run")) >= 5)
+    stopped.kill(signal.SIGTERM)
+    printed = stopped.finish().out
+    done = run(tmp_path, tiny(tmp_path / "run", tmp_path / "photos", *words))
+    assert done.code == 0, done.err
+    named = [line for line in log_of(tmp_path / "run") if "skipped" in line]
+    assert len(named) == 1 and "dark/0.png: " in named[0]["skipped"]
+    assert (printed + done.out).count("warning: damaged image skipped (1 so far): ") == 1
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["skipped_images"] == 1
+
+
+def test_more_than_one_percent_of_damaged_images_stop_the_run(tmp_path):
+    spoil(make_photos(tmp_path / "photos", [("train", 120), ("val", 4)]), 2)
+    done = run(tmp_path, tiny(tmp_path / "run", tmp_path / "photos", "steps=30"))
+    assert done.code == 2
+    assert done.err.count("\n") == 1 and "2 of 120 images are damaged" in done.err
+
+
+@pytest.mark.slow
+def test_damaged_images_of_every_rank_are_named(tmp_path):
+    spoil(make_photos(tmp_path / "photos", [("train", 120), ("val", 4)]), 2)
+    words = tiny(tmp_path / "run", tmp_path / "photos", "steps=30", "parallel=ddp", "log.every=10")
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"]
+    done = subprocess.run([*launch, ROOT / "train.py", *words], capture_output=True, text=True)
+    assert done.returncode == 1  # torchrun's own
+    assert len([line for line in log_of(tmp_path / "run") if "skipped" in line]) == 2
+    assert "error: 2 of 120 images are damaged" in done.stderr
+
+
+# ---- TensorBoard, W&B, collapse -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("package", ["tensorboard", "wandb"])
+def test_a_missing_package_is_one_line(tmp_path, monkeypatch, package):
+    for name in package, "torch.utils.tensorboard":
+        monkeypatch.setitem(sys.modules, name, None)  # importing it raises, installed or not
+    cfg = Config(out=str(tmp_path))
+    setattr(cfg.log, package, "x")
+    with pytest.raises(report.UserError, match=f"log.{package}=.*: pip install {package}"):
+        report.open_writers(cfg, start=0)
+
+
+def silent_reporter(said):
+    """A Reporter without a run, whose words go to a list."""
+    reporter = object.__new__(report.Reporter)
+    reporter.cfg, reporter.warned, reporter.say = Config(), set(), said.append
+    return reporter
+
+
+HEALTHY = dict(zip(HEALTH, [5.0, 0.5, 0.8, 100.0], strict=True)) | {"step": 20_000}
+ILL = {
+    "all images look alike": {"rankme": 1.1},
+    "on one or two prototypes": {"prototypes_used": 1.1 / 65536, "teacher_entropy": 0.01},
+    "targets are uniform": {"teacher_entropy": 11.09},
+}
+
+
+@pytest.mark.parametrize("words", ILL)
+def test_a_collapse_is_told_once_and_in_plain_words(words):
+    said = []
+    reporter, ill = silent_reporter(said), HEALTHY | ILL[words]
+    reporter.warn_of_collapse(HEALTHY)
+    reporter.warn_of_collapse(ill | {"step": 10})  # in the warm-up
+    assert not said
+    for _ in range(2):
+        reporter.warn_of_collapse(ill)
+    assert len(said) == 1 and words in said[0]
+
+
+def test_scores_that_favour_one_prototype_are_no_collapse_while_centred_targets_are_spread():
+    said = []
+    silent_reporter(said).warn_of_collapse(HEALTHY | {"prototypes_used": 1.1 / 65536})
+    assert not said

@@ -1,0 +1,293 @@
+"""Proves that each command draws what it says and where, and refuses bad input in one line.
+
+Run: pytest tests/test_pictures.py        (helpers that run train.py are in tests/running.py)
+"""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from running import ROOT, make_photos, run, tiny
+
+from config import Config, to_dict
+from pictures import __main__ as visualize
+from pictures import sheets
+from pictures.patches import patch_features
+from pictures.plot import BLUE
+from vit import VisionTransformer
+
+
+def write_teacher(folder, channels=3, registers=2):
+    """A run folder with a random network of 6 blocks and 4 heads; its images are noise."""
+    cfg = Config(device="cpu", precision="bf16", attention="varlen")  # a GPU's, here without one
+    cfg.vit.size, cfg.vit.patch, cfg.vit.registers, cfg.crops.global_size = "nano", 8, registers, 16
+    cfg.vit.init_std, cfg.vit.layerscale, cfg.data.workers = 0, 0.5, 0
+    cfg.data.channels = channels
+    cfg.data.mean, cfg.data.std = (0.5,) * channels, (0.25,) * channels
+    net = VisionTransformer(
+        "nano", 8, 16, channels=channels, registers=registers, init_std=0, layerscale=0.5
+    )
+    folder.mkdir(exist_ok=True)
+    state = {"backbone": net.state_dict(), "config": to_dict(cfg), "step": 1}
+    torch.save(state, folder / "teacher.pt")
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with a run, a network for five channels, and pictures of several kinds."""
+    folder = tmp_path_factory.mktemp("place")
+    write_teacher(folder / "run")
+    write_teacher(folder / "five", channels=5)
+    rng = np.random.default_rng(0)
+    for name, (height, width) in {"a.jpg": (64, 90), "b.png": (40, 24), "s.png": (5, 40)}.items():
+        pixels = rng.integers(256, size=(height, width, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / name)
+    np.save(folder / "five.npy", rng.integers(256, size=(24, 32, 5), dtype=np.uint8))
+    (folder / "damaged.jpg").write_bytes((folder / "a.jpg").read_bytes()[:2000])
+    (folder / "near.json").write_text('{"a": [[10, 10], [80, 60]], "b": [[10, 10], [20, 200]]}')
+    (folder / "points.json").write_text('{"a": [[10, 10], [80, 60]], "b": [[10, 10], [20, 30]]}')
+    (folder / "left.csv").write_text("x_a,y_a\n10,10\n80,60\n")
+    np.savez(folder / "other.npz", a=np.ones((3, 3, 4)), b=np.ones((3, 3, 4)))
+    return folder
+
+
+@pytest.fixture
+def draw(place, monkeypatch, capsys):
+    """pictures/__main__.py, called in that folder; returns what it printed."""
+    monkeypatch.chdir(place)
+
+    def call(*words):
+        visualize.main([str(word) for word in words])
+        return capsys.readouterr().out
+
+    return call
+
+
+def test_pca_draws_images_and_colours_in_their_proportions(draw):
+    assert draw("pca", "run", "a.jpg", "b.png") == "wrote run/pca_images.png\n"
+    assert Image.open("run/pca_images.png").size == (498, 28 + 240 + 20 + 28 + 240 + 6)
+    draw("pca", "run", "a.jpg", "b.png", "foreground=true", "shifts=1", "out=c.png")
+    sheet = np.asarray(Image.open("c.png"))
+    assert sheet.shape[0] == 562 + 268
+    black = (sheet == 0).all(axis=-1)
+    assert black[590:].sum() > 400 and not black[316:556].any()  # patches of the background are
+
+
+def test_a_file_of_weights_serves_as_well_and_writes_here(draw):
+    assert draw("pca", "run/teacher.pt", "a.jpg") == "wrote pca_images.png\n"
+
+
+def test_attention_has_a_row_for_each_token_and_a_column_for_each_head(draw):
+    assert draw("attention", "run", "a.jpg", "layer=0") == "wrote run/attention.png\n"
+    width, height = Image.open("run/attention.png").size
+    side = 1300 // 6
+    assert (width, height) == (6 + 6 * (side + 6), 3 * (28 + round(side * 64 / 90) + 20) + 6)
+    draw("attention", "run", "a.jpg", "head=3", "layer=-1", "size=32", "shifts=2", "out=h.png")
+    assert Image.open("h.png").size[0] == 6 + 2 * (260 + 6)
+
+
+def test_match_draws_pairs_a_field_and_keypoints(draw):
+    words = ("match", "run", "a.jpg", "b.png", "shifts=1")
+    assert draw(*words) == "wrote run/match.png\n"
+    two_bands = Image.open("run/match.png").size
+    draw(*words, "points=left.csv", "foreground=true", "out=m.png")
+    three_bands = Image.open("m.png")
+    assert three_bands.size[0] == 1000 and three_bands.size[1] > 1.4 * two_bands[1]
+
+
+def test_an_image_matches_itself_and_pck_says_so(draw):
+    """Keypoints of an image in itself lie where they were, to half a patch."""
+    text = '{"a": [[12, 12], [60, 44]], "b": [[12, 12], [60, 44]], "box_b": [10, 10, 50, 20]}'
+    with open("self.json", "w") as file:
+        file.write(text)
+    said = draw("match", "run", "a.jpg", "a.jpg", "points=self.json", "shifts=1", "alpha=0.2")
+    assert said.startswith("PCK@0.2 = 100.0 % of 2 keypoints (within 8.0 pixels, 0.2 of the box's")
+    said = draw("match", "run", "a.jpg", "a.jpg", "points=self.json", "shifts=1", "alpha=0")
+    assert "PCK@0 = 0.0 %" in said  # 11 patches on 90 pixels: their middles are not those points
+
+
+def test_saved_features_can_be_joined_with_those_of_another_network(draw):
+    words = ("match", "run", "a.jpg", "b.png", "shifts=1")
+    draw(*words, "layer=2", "save=second.npz", "out=1.png")
+    with np.load("second.npz") as saved:
+        assert saved["a"].shape == (8, 11, 128) and saved["b"].shape == (5, 3, 128)
+    draw(*words, "layer=2", "extra=second.npz", "weight=0", "out=2.png")
+    draw(*words, "extra=second.npz", "weight=1", "out=3.png")
+    draw(*words, "extra=second.npz", "out=4.png")
+    first, same, second, both = (np.asarray(Image.open(f"{i}.png")) for i in "1234")
+    assert (first == same).all() and (first == second).all() and (first != both).any()
+
+
+def test_neighbours_find_the_query_itself_first(draw, place):
+    photos = make_photos(place / "photos")
+    query = sorted(photos.glob("train/dark/*.png"))[3]
+    said = draw("neighbours", "run", query, f"data={photos}", "count=3", "out=n.png")
+    assert said == "wrote n.png\n"
+    sheet = np.asarray(Image.open("n.png"))
+    assert sheet.shape[1] == 6 + 118 + 18 + 3 * 118
+    assert (sheet[28:124, 6:118] == sheet[28:124, 142:254]).all()
+    assert (sheet[28:124, 6:118] != sheet[28:124, 260:372]).any()
+    draw("neighbours", "run", f"data={photos}", "count=3", "out=n.png")  # held-out images ask
+    assert Image.open("n.png").size[1] > 6 * 120
+
+
+def test_images_of_five_channels_are_drawn(draw):
+    for command in ("pca", "attention"):
+        draw(command, "five", "five.npy", "shifts=1", "out=five.png")
+    draw("match", "five", "five.npy", "five.npy", "out=five.png")
+
+
+# ---- frames and their animation -----------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A run of 5 steps with k-NN before steps 0, 2, 4 and at the end."""
+    folder = tmp_path_factory.mktemp("trained")
+    photos = make_photos(folder / "photos")
+    words = tiny(folder / "run", photos, "steps=5", "log.knn_every=2", "log.pictures=true")
+    done = run(folder, words)
+    assert done.code == 0, done.err
+    return folder
+
+
+def frame(path):
+    with np.load(path) as file:
+        return dict(file)
+
+
+def test_a_run_keeps_features_at_each_evaluation_and_at_the_end(trained):
+    files = sorted((trained / "run" / "frames").iterdir())
+    assert [file.name for file in files] == [f"000000{i}.npz" for i in (0, 2, 4, 5)]
+    first, last = frame(files[0]), frame(files[-1])
+    assert set(first) == {f"{k}_{i}" for k in ("image", "features") for i in range(4)}
+    assert all((first[f"image_{i}"] == last[f"image_{i}"]).all() for i in range(4))
+    assert (first["features_0"] != last["features_0"]).any()
+    net = visualize.Network(trained / "run")  # the last frame is of the network that came out
+    now = patch_features(net.net, last["image_1"], *net.norm)
+    assert np.allclose(now, last["features_1"], atol=2e-2)
+
+
+def test_the_animation_has_a_frame_for_each_and_shows_how_far_it_is(draw, trained):
+    path = trained / "run" / "animation.gif"
+    assert draw("animation", trained / "run") == f"wrote {path}\n"
+    with Image.open(path) as gif:
+        assert gif.n_frames == 4
+        blue = []
+        for i in range(4):
+            gif.seek(i)
+            row = np.asarray(gif.convert("RGB"))[40].astype(int)
+            blue.append((abs(row - tuple(bytes.fromhex(BLUE[1:]))).max(axis=-1) < 60).sum())
+    whole = blue[-1]
+    assert np.allclose(np.array(blue) / whole, [0, 0.4, 0.8, 1], atol=0.02) and whole > 500
+
+
+def test_a_run_without_pictures_keeps_no_frames(tmp_path):
+    photos = make_photos(tmp_path / "photos")
+    assert run(tmp_path, tiny(tmp_path / "run", photos, "steps=1")).code == 0
+    assert not (tmp_path / "run" / "frames").exists()
+
+
+def test_a_frame_that_cannot_be_read_is_named(draw, trained, tmp_path, capsys):
+    (tmp_path / "frames").mkdir()
+    for i in range(2):
+        (tmp_path / "frames" / f"{i:07}.npz").write_bytes(b"no")
+    with pytest.raises(SystemExit) as left:
+        visualize.main(["animation", str(tmp_path)])
+    assert left.value.code == 2 and "0000000.npz: cannot be read" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_two_ranks_with_sharded_weights_keep_the_frames_of_one(tmp_path):
+    photos = make_photos(tmp_path / "photos")
+    words = ["steps=2", "log.knn_every=1", "log.pictures=true"]
+    assert run(tmp_path, tiny(tmp_path / "one", photos, *words)).code == 0
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"]
+    launch += [str(ROOT / "train.py"), *tiny(tmp_path / "two", photos, *words, "parallel=fsdp")]
+    done = subprocess.run(launch, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    for name in ("0000000.npz", "0000001.npz", "0000002.npz"):
+        one, two = (frame(tmp_path / out / "frames" / name) for out in ("one", "two"))
+        assert all(np.allclose(one[key], two[key], atol=1e-2) for key in one)
+
+
+def test_the_islands_of_the_readme_are_those_that_the_script_draws(tmp_path):
+    script = ROOT / "scripts" / "draw_islands.py"
+    subprocess.run([sys.executable, str(script), str(tmp_path)], check=True, timeout=60)
+    assert (tmp_path / "islands.json").read_text() == (ROOT / "docs/islands.json").read_text()
+    for name in ("islands_1.png", "islands_2.png"):
+        new, old = (np.asarray(Image.open(p / name)).astype(int) for p in (tmp_path, ROOT / "docs"))
+        assert abs(new - old).max() <= 2
+
+
+# ---- bad input ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "words, part",
+    [
+        ("curves none", "none/log.jsonl: no such log"),
+        ("curves", "write `python -m pictures curves RUN`"),
+        ("paint x", "paint: unknown picture; use one of curves, pca"),
+        ("pca run", "write `python -m pictures pca RUN IMAGE ...`"),
+        ("match run a.jpg", "write `python -m pictures match RUN IMAGE IMAGE`"),
+        ("animation run", "run/frames: 0 frames; train with log.pictures=true"),
+        ("pca none a.jpg", "none"),
+        ("pca run none.jpg", "none.jpg: No such file or directory; give a"),
+        ("pca run damaged.jpg", "damaged.jpg: image file is truncated"),
+        ("pca run near.json", "near.json: not a picture"),
+        ("pca run s.png", "s.png: 40 x 5 pixels are less than a patch of 8; enlarge"),
+        ("pca run five.npy", "five.npy: 5 channels, but data.channels=3"),
+        ("pca five a.jpg", "a.jpg: a RGB picture, but data.channels=5"),
+        ("pca run a.jpg size=7", "size=7 is less than a patch: use 8 or more"),
+        ("pca run a.jpg window=1", "window=1 is less than a patch"),
+        ("pca run a.jpg shifts=9", "shifts=9: a patch has 8 pixels"),
+        ("pca run a.jpg size=big", "size must be a whole number, got big"),
+        ("pca run a.jpg size=-8", "size=-8: must be 0 or more"),
+        ("pca run a.jpg foreground=maybe", "foreground must be true or false, got maybe"),
+        ("pca run a.jpg head=1", "head=1: pca takes out, size, shifts, layer, window, foreground"),
+        ("pca run a.jpg out=no/where.png", "no/where.png: cannot be written"),
+        ("attention run a.jpg layer=6", "layer=6: the network has blocks 0 to 5"),
+        ("attention run a.jpg layer=-7", "layer=-7: the network has blocks 0 to 5"),
+        ("attention run a.jpg head=4", "head=4: the network has heads 0 to 3"),
+        ("match run a.jpg b.png points=near.json", "point 1 of b, (20, 200), lies outside"),
+        ("match run a.jpg b.png extra=other.npz", "a is (3, 3, 4), but this network has 24 x 33"),
+        ("match run a.jpg b.png extra=none.npz", "extra=none.npz: cannot be read (No such file"),
+        ("match run a.jpg b.png weight=2", "weight=2.0: must be at most 1"),
+        ("neighbours run a.jpg count=0", "count=0: must be 1 or more"),
+        ("neighbours run a.jpg data=none", "none: no such folder or file"),
+    ],
+)
+def test_bad_input_gets_one_line_and_exit_code_2(place, monkeypatch, capsys, words, part):
+    monkeypatch.chdir(place)
+    with pytest.raises(SystemExit) as left:
+        visualize.main(words.split())
+    said = capsys.readouterr().err
+    assert left.value.code == 2 and said.startswith("error: ") and said.count("\n") == 1
+    assert part in said
+
+
+def test_help_names_every_command_and_option(capsys):
+    with pytest.raises(SystemExit) as left:
+        visualize.main(["--help"])
+    said = capsys.readouterr().out
+    assert left.value.code == 0
+    for command, options in visualize.OPTIONS.items():
+        assert f"python -m pictures {command} " in said
+        assert all(f"\n  {option} " in said for option in options)
+
+
+def test_the_command_line_draws_curves(draw, tmp_path):
+    (tmp_path / "log.jsonl").write_text(json.dumps({"step": 0, "loss": 7.5}) + "\n")
+    assert draw("curves", tmp_path) == f"wrote {tmp_path / 'curves.png'}\n"
+    assert draw("curves", tmp_path, "out=c.png") == "wrote c.png\n"
+
+
+def test_position_colours_of_different_places_differ():
+    wheel = sheets.position_colours(12, 16).reshape(-1, 3).astype(int)
+    apart = abs(wheel[:, None] - wheel[None]).sum(axis=-1) + 99 * np.eye(len(wheel))
+    assert apart.min() > 3

@@ -1,0 +1,1 @@
+"""Files of weights and state: save and resume, load, start from, export."""
