@@ -111,6 +111,7 @@ class Head:
     hidden: int = 2048  # width of the head's layers
     bottleneck: int = 256  # width before the prototypes
     layers: int = 3  # linear layers up to the bottleneck
+    norm_last_layer: bool = False  # true: the prototypes' gains stay 1 (DINO's larger networks)
     separate: bool = False  # true: iBOT has its own head (giant2); false: shares the DINO head
     ibot_prototypes: int = 0  # of a separate iBOT head; 0: as prototypes
     ibot_bottleneck: int = 0  # of a separate iBOT head; 0: as bottleneck
@@ -143,10 +144,12 @@ class Optim:
     warmup: int = 12500  # steps from 0 to the peak, about a tenth of the run
     weight_decay: float = 0.04  # at the start; not of biases, norms and LayerScale
     weight_decay_end: float = 0.4  # at the end of its cosine; 0.2 for giant2
-    clip: float = 3.0  # largest gradient norm, backbone and heads apart; 0: no clipping
+    clip: float = 3.0  # largest gradient norm of what clip_by says; 0: no clipping
+    clip_by: str = "part"  # part: backbone and heads apart; parameter: each alone (DINO, iBOT)
     layer_decay: float = 0.9  # lr times this per layer below the last norm; 1: off (giant2)
     patch_embed_lr: float = 0.2  # factor on the lr of the patch embedding
     freeze_last_layer: int = 1250  # steps at the start in which prototypes do not move
+    freeze_by: str = "lr"  # lr: they gather Adam's moments; gradient: they have none (DINO, iBOT)
     betas: Pair = (0.9, 0.999)  # AdamW's averages of gradient and squared gradient
     freeze_backbone: bool = False  # true: only the heads are trained
 
@@ -343,6 +346,8 @@ CHOICES = {
     "attention": ("auto", "xformers", "sdpa", "varlen", "plain"),
     "activation_checkpointing": ("none", "selective", "full"),
     "loss.centering": ("softmax", "sinkhorn"),
+    "optim.clip_by": ("part", "parameter"),
+    "optim.freeze_by": ("lr", "gradient"),
     "distill.tokens": ("all", "masked"),
 }
 

@@ -81,11 +81,12 @@ def build_network(cfg, student):
     """A student or teacher for a config; only the student has stochastic depth."""
     h = cfg.head
     backbone = build_backbone(cfg, cfg.vit.drop_path if student else 0.0)
-    dino_head = DINOHead(backbone.dim, h.prototypes, h.hidden, h.bottleneck, h.layers)
+    shape = {"hidden": h.hidden, "layers": h.layers, "norm_last_layer": h.norm_last_layer}
+    dino_head = DINOHead(backbone.dim, h.prototypes, bottleneck=h.bottleneck, **shape)
     ibot_head = None
     if h.separate and cfg.loss.ibot:
         bottleneck = h.ibot_bottleneck or h.bottleneck
-        ibot_head = DINOHead(backbone.dim, ibot_prototypes(cfg), h.hidden, bottleneck, h.layers)
+        ibot_head = DINOHead(backbone.dim, ibot_prototypes(cfg), bottleneck=bottleneck, **shape)
     return Network(backbone, dino_head, ibot_head)
 
 

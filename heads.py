@@ -22,12 +22,13 @@ class Prototypes(nn.Module):
     """Weight-normed linear layer without bias: scores x . (g * v / ||v||), (.., b) -> (.., K).
 
     Each prototype is a direction v and a gain g. The gain starts at 1 and is trainable, so scores
-    are not bounded by 1 and Sinkhorn has to guard against overflow.
+    are not bounded by 1 and Sinkhorn has to guard against overflow. With `fixed_gain` it stays 1,
+    which made DINO steadier in large networks.
     """
 
-    def __init__(self, bottleneck, prototypes):
+    def __init__(self, bottleneck, prototypes, fixed_gain=False):
         super().__init__()
-        self.weight_g = nn.Parameter(torch.empty(prototypes, 1))
+        self.weight_g = nn.Parameter(torch.empty(prototypes, 1), requires_grad=not fixed_gain)
         self.weight_v = nn.Parameter(torch.empty(prototypes, bottleneck))
 
     def forward(self, x):
@@ -39,14 +40,16 @@ class Prototypes(nn.Module):
 class DINOHead(nn.Module):
     """MLP, L2 normalisation, prototypes: (.., D) -> scores (.., K)."""
 
-    def __init__(self, dim, prototypes, hidden=2048, bottleneck=256, layers=3):
+    def __init__(
+        self, dim, prototypes, hidden=2048, bottleneck=256, layers=3, norm_last_layer=False
+    ):
         super().__init__()
         widths = [dim] + [hidden] * (layers - 1) + [bottleneck]
         modules = []
         for inputs, outputs in pairwise(widths):
             modules += [Linear(inputs, outputs), nn.GELU()]
         self.mlp = nn.Sequential(*modules[:-1])  # no activation at the end
-        self.last_layer = Prototypes(bottleneck, prototypes)
+        self.last_layer = Prototypes(bottleneck, prototypes, norm_last_layer)
         if not self.last_layer.weight_g.is_meta:
             assign(self, self.initial_values())
 

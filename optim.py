@@ -122,16 +122,32 @@ def set_schedule(optimizer, now):
         group["weight_decay"] = now.weight_decay * group["wd_mult"]
 
 
-def clip_each_part(network, max_norm):
+def forget_moments(optimizer):
+    """Zero Adam's moments and step count of the prototypes, as if they had had no gradient yet.
+
+    DINO and iBOT remove the gradient of a frozen last layer. With an lr of 0 this comes to the
+    same, and a checkpoint holds the same tensors after every step.
+    """
+    for group in optimizer.param_groups:
+        for p in group["params"] if group["last_layer"] else []:
+            for value in optimizer.state.get(p, {}).values():
+                value.zero_()
+
+
+def clip_each_part(network, max_norm, by="part"):
     """Clip the gradient of backbone and each head apart to max_norm; return the norms before.
 
     0 or None turns clipping off. One norm over everything would let the heads, whose gradients are
-    larger, scale the backbone down. A frozen part has none.
+    larger, scale the backbone down. A frozen part has none. by="parameter": each tensor alone, as
+    DINO and iBOT do; the norms returned are of each part all the same.
     """
     norms = {}
     for name, part in network.named_children():
         if not any(p.requires_grad for p in part.parameters()):
             continue
         limit = max_norm or math.inf
-        norms[name] = torch.nn.utils.clip_grad_norm_(part.parameters(), limit)
+        together = limit if by == "part" else math.inf
+        norms[name] = torch.nn.utils.clip_grad_norm_(part.parameters(), together)
+        for parameter in part.parameters() if by == "parameter" else []:
+            torch.nn.utils.clip_grad_norm_(parameter, limit)
     return norms

@@ -32,7 +32,7 @@ import data
 from augment import colour
 from dinov2 import build_centers, build_network, ema_update, objective
 from monitor.report import Reporter, finished
-from optim import clip_each_part, compress, param_groups, schedules, set_schedule
+from optim import clip_each_part, compress, forget_moments, param_groups, schedules, set_schedule
 from parallel import (
     dtype_of,
     materialize,
@@ -158,12 +158,15 @@ class Run:
     def update(self, step, now, log, watch):
         """All that follows the backward pass: clip, refuse what is not finite, step, average."""
         self.scaler.unscale_(self.optimizer)
-        norms = clip_each_part(self.student, self.cfg.optim.clip)
+        o = self.cfg.optim
+        norms = clip_each_part(self.student, o.clip, o.clip_by)
         norms = {f"grad_{name}": whole(norm) for name, norm in norms.items()}
         watch.guard(self, step + 1, log, norms)  # what is not finite changes no weight
         set_schedule(self.optimizer, now)
         self.scaler.step(self.optimizer)
         self.scaler.update()
+        if o.freeze_by == "gradient" and step < o.freeze_last_layer:
+            forget_moments(self.optimizer)
         self.optimizer.zero_grad(set_to_none=True)
         ema_update(self.teacher, self.student, now.momentum)
         if reporting(step, self.cfg):

@@ -126,7 +126,7 @@ def step_in_phases(cfg, device, student, teacher, objective, optimizer, ema):
         scaler.scale(loss).backward()
         clock.mark("backward")
         scaler.unscale_(optimizer)
-        clip_each_part(student, cfg.optim.clip)
+        clip_each_part(student, cfg.optim.clip, cfg.optim.clip_by)
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad(set_to_none=True)

@@ -221,7 +221,7 @@ def take_step(cfg, model, teacher, centers, optimizer, parts, student):
     set_schedule(optimizer, now)
     rng, scaler = torch.Generator(), torch.amp.GradScaler("cpu", enabled=False)
     train.backward(model, teacher, centers, parts, now.teacher_temp, cfg, scaler, rng, False)
-    clip_each_part(student, cfg.optim.clip)
+    clip_each_part(student, cfg.optim.clip, cfg.optim.clip_by)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     ema_update(teacher, student, now.momentum)
