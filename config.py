@@ -44,10 +44,18 @@ def writing(what, fix="choose another place"):
         raise UserError(f"{what}: cannot be written ({reason}); {fix}") from None
 
 
+def replace_text(path, text):
+    """Write a text file whole or not at all."""
+    aside = Path(f"{path}.{os.getpid()}.part")
+    aside.write_text(text, encoding="utf-8")
+    os.replace(aside, path)
+
+
 Pair = tuple[float, float]
 Triple = tuple[float, float, float]
 Floats = tuple[float, ...]
 Words = tuple[str, ...]
+NUMBERS = (int, float, Pair, Triple, Floats)
 
 
 @dataclass
@@ -58,6 +66,7 @@ class Data:
     mean: Floats = (0.485, 0.456, 0.406)  # subtracted per channel, of values 0..1 (ImageNet's)
     std: Floats = (0.229, 0.224, 0.225)  # divided by, per channel; one number per channel
     channels: int = 3  # of the images: 1 grey, 3 RGB, more for other sensors
+    max_damaged: float = 0.01  # share of damaged images at which a run stops, if they are above 20
 
 
 @dataclass
@@ -207,8 +216,7 @@ class Config:
 
 def load(path, overrides=()):
     """The defaults, then the yaml file, then the overrides in order; checked."""
-    path = str(path)
-    if "=" in path and not Path(path).exists():
+    if "=" in str(path) and not Path(path).exists():
         raise UserError(f"{path}: the config file comes first, as in config.yaml {path}")
     try:
         given = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
@@ -233,11 +241,8 @@ def from_dict(given, source="config"):
         raise UserError(f"{source}: expected lines like `steps: 100`, got {shown(given)}")
     cfg = Config()
     for name, value in given.items():
-        is_section = is_dataclass(type_of(name))
-        if is_section and value is None:
-            continue  # all its keys are commented out
-        if is_section and isinstance(value, dict):
-            for key, inner in value.items():
+        if is_dataclass(type_of(name)) and isinstance(value, (dict, type(None))):
+            for key, inner in (value or {}).items():  # None: all its keys are commented out
                 assign(cfg, f"{name}.{key}", inner, source)
         else:
             assign(cfg, str(name), value, source)
@@ -249,13 +254,9 @@ def override(cfg, words):
     for word in words:
         key, equals, text = word.partition("=")
         if word.startswith("-"):
-            raise UserError(
-                f"unknown option {word}: keys have no dashes, as in optim.lr=1e-3 (--help)"
-            )
+            raise UserError(f"unknown option {word}: keys have no dashes, as in optim.lr=1e-3")
         if not equals or not key:
-            raise UserError(
-                f"cannot read {word!r}: write key=value without spaces, as in steps=100"
-            )
+            raise UserError(f"cannot read {word!r}: write key=value, without spaces")
         assign(cfg, key, parsed(text, type_of(key)), f"override {word}")
 
 
@@ -284,23 +285,17 @@ def assign(cfg, key, value, source):
         first = f"{key}.{fields(kind)[0].name}"
         raise UserError(f"{source}: {key} is a section, set one of its keys, such as {first}")
     section, _, name = key.rpartition(".")
-    setattr(getattr(cfg, section) if section else cfg, name, convert(value, kind, key, source))
+    setattr(lookup(cfg, section) if section else cfg, name, convert(value, kind, key, source))
 
 
-def nearest(key):
-    """`did you mean ...`: by the whole key first, then by its last part (lr -> optim.lr)."""
-    known = [name for name, _ in documented() if name]
-    whole = {name: name for name in known}
-    last_part = {name.rpartition(".")[2]: name for name in reversed(known)}
-    for word in [key, key.rpartition(".")[2]]:
-        for names in [whole, last_part]:
-            for close in alike(word, names, 0.7):
-                return f"did you mean {names[close]}?"
+def nearest(key, options=()):
+    """`did you mean ...`: options of the program first, then keys, by their last part too."""
+    known = {name.rpartition(".")[2]: name for name, _ in reversed(documented())}
+    known |= {name: name for name, _ in documented()} | {name: name for name in options}
+    for word in (key, key.rpartition(".")[2]):
+        for close in difflib.get_close_matches(word, known, n=1, cutoff=0.7):
+            return f"did you mean {known[close]}?"
     return "--help lists them all"
-
-
-def alike(word, names, cutoff):
-    return difflib.get_close_matches(word, names, 1, cutoff)
 
 
 EXPECTED = {
@@ -322,7 +317,9 @@ def convert(value, kind, key, source):
             value = float(value)  # PyYAML reads 1e-6, without a dot, as text
     if kind is float and type(value) in (int, float) and math.isfinite(value):
         return float(value)
-    if kind in (int, bool, str) and type(value) is kind:
+    if kind is str and type(value) is str:
+        return os.path.expanduser(value)  # ~/photos, in whatever key
+    if kind in (int, bool) and type(value) is kind:
         return value
     if get_origin(kind) is tuple and isinstance(value, (list, tuple)):
         each, *others = kind.__args__
@@ -351,23 +348,18 @@ CHOICES = {
     "distill.tokens": ("all", "masked"),
 }
 
-# must be      if within      keys (a list of numbers is checked one by one)
+# All numbers but data.mean are at least 0. A list of numbers is checked one by one.
+# must be      if within      keys
 BOUNDS = [
     ("at least 1", (1, math.inf), """steps batch accumulate data.channels crops.global_size
         crops.local_size vit.patch head.prototypes head.hidden head.bottleneck head.layers
         log.every log.save_every"""),
-    ("at least 0", (0, math.inf), """seed head_steps data.workers crops.local_count
-        augment.brightness augment.contrast augment.saturation vit.registers vit.layerscale
-        vit.interpolate_offset vit.init_std head.ibot_prototypes head.ibot_bottleneck
-        loss.dino loss.ibot loss.koleo teacher.temp_warmup optim.lr optim.min_lr optim.warmup
-        optim.weight_decay optim.weight_decay_end optim.clip optim.patch_embed_lr
-        optim.freeze_last_layer log.knn_every"""),
     ("above 0", (1e-12, math.inf), """data.std crops.ratio augment.blur_sigma loss.student_temp
         teacher.temp teacher.temp_start"""),
     ("above 0 and at most 1", (1e-12, 1), "crops.global_scale crops.local_scale optim.layer_decay"),
     ("from 0 to 1", (0, 1), """augment.flip augment.jitter augment.grey augment.blur
         augment.solarize mask.probability mask.ratio loss.center_momentum teacher.momentum
-        teacher.momentum_end"""),
+        teacher.momentum_end data.max_damaged"""),
     ("from 0 to 0.5", (0, 0.5), "augment.hue"),
     ("at least 0 and below 1", (0, 1 - 1e-9), "vit.drop_path optim.betas"),
 ]  # fmt: skip
@@ -376,14 +368,14 @@ ORDERED = "crops.global_scale crops.local_scale crops.ratio augment.blur_sigma m
 
 
 def check(cfg):
-    """Refuse what cannot work, before anything starts."""
+    """Raise UserError for what cannot work, before anything starts."""
     get = functools.partial(lookup, cfg)
-    if not cfg.out:
-        raise UserError("out is empty: set it to a folder, such as out=runs/default")
     for key, choices in CHOICES.items():
         if get(key) not in choices:
             raise UserError(f"{key}={get(key)} is unknown: use one of {', '.join(choices)}")
-    for rule, (least, most), keys in BOUNDS:
+    numbers = [key for key, _ in documented() if key and type_of(key) in NUMBERS]
+    rest = " ".join(key for key in numbers if key != "data.mean")
+    for rule, (least, most), keys in [*BOUNDS, ("at least 0", (0, math.inf), rest)]:
         for key in keys.split():
             values = get(key) if isinstance(get(key), tuple) else [get(key)]
             if not all(least <= value <= most for value in values):
@@ -403,25 +395,38 @@ def check(cfg):
         if size % patch:
             fix = max(round(size / patch), 1) * patch
             raise UserError(f"{key}={size} is not a multiple of vit.patch={patch}: use {fix}")
-    if cfg.batch % cfg.accumulate:
-        fix = max(cfg.batch // cfg.accumulate, 1) * cfg.accumulate
-        raise UserError(
+    given = cfg.init_from or cfg.distill.teacher
+    for wrong, words in [
+        (not cfg.out, "out is empty: set it to a folder, such as out=runs/default"),
+        (
+            cfg.batch % cfg.accumulate,
             f"batch={cfg.batch} does not divide into accumulate={cfg.accumulate} parts: "
-            f"use batch={fix}"
-        )
-    if cfg.loss.dino == cfg.loss.ibot == cfg.loss.koleo == 0:
-        raise UserError("loss.dino, loss.ibot and loss.koleo are all 0: set one above 0")
-    if cfg.init_heads and not cfg.init_from:
-        raise UserError("init_heads=true has no file to take heads from: set init_from")
-    if cfg.head_steps and (cfg.init_heads or not (cfg.init_from or cfg.distill.teacher)):
-        raise UserError(
+            f"use batch={max(cfg.batch // cfg.accumulate, 1) * cfg.accumulate}",
+        ),
+        (
+            cfg.loss.dino == cfg.loss.ibot == cfg.loss.koleo == 0,
+            "loss.dino, loss.ibot and loss.koleo are all 0: set one above 0",
+        ),
+        (
+            cfg.init_heads and not cfg.init_from,
+            "init_heads=true has no file to take heads from: set init_from",
+        ),
+        (
+            cfg.head_steps and (cfg.init_heads or not given),
             f"head_steps={cfg.head_steps} trains fresh heads on given weights: "
-            "set init_from and init_heads=false, or head_steps=0"
-        )
-    if cfg.device == "cpu" and cfg.precision == "fp16":
-        raise UserError("precision=fp16 needs a GPU: use precision=auto with device=cpu")
-    if not cfg.head.separate and (cfg.head.ibot_prototypes or cfg.head.ibot_bottleneck):
-        raise UserError("head.ibot_prototypes and head.ibot_bottleneck need head.separate=true")
+            "set init_from and init_heads=false, or head_steps=0",
+        ),
+        (
+            cfg.device == "cpu" and cfg.precision == "fp16",
+            "precision=fp16 needs a GPU: use precision=auto with device=cpu",
+        ),
+        (
+            not cfg.head.separate and (cfg.head.ibot_prototypes or cfg.head.ibot_bottleneck),
+            "head.ibot_prototypes and head.ibot_bottleneck need head.separate=true",
+        ),
+    ]:
+        if wrong:
+            raise UserError(words)
 
 
 def lookup(cfg, key):
@@ -433,11 +438,7 @@ def lookup(cfg, key):
 
 def to_dict(cfg):
     """Plain dictionaries and lists: safe in yaml, in json and in a weights_only checkpoint."""
-
-    def plain(pairs):
-        return {key: list(v) if isinstance(v, tuple) else v for key, v in pairs}
-
-    return asdict(cfg, dict_factory=plain)
+    return json.loads(json.dumps(asdict(cfg)))
 
 
 def dump(cfg, path):
@@ -469,7 +470,7 @@ def main_arguments(argv, usage):
     if not argv or "-h" in argv or "--help" in argv:
         print(help_text(usage))
         sys.exit(0 if argv else 2)
-    return argv[0], argv[1:]
+    return os.path.expanduser(argv[0]), argv[1:]
 
 
 def help_text(usage):
@@ -495,10 +496,10 @@ def take_options(words, defaults):
         if equals and key in defaults:
             kind = type(defaults[key])
             setattr(options, key, convert(parsed(text, kind), kind, key, f"override {word}"))
-        elif equals and not type_of(key) and (near := alike(key, defaults, 0.8)):
-            raise UserError(f"override {word}: unknown key {key}; did you mean {near[0]}?")
+        elif equals and type_of(key) is None and not os.path.exists(word):
+            raise UserError(f"override {word}: unknown key {key}; {nearest(key, defaults)}")
         else:
-            rest.append(word)
+            rest.append(os.path.expanduser(word))
     return options, rest
 
 
@@ -510,10 +511,15 @@ def report_errors(main):
         try:
             return main(*args, **kwargs)
         except UserError as error:
+            text = " ".join(str(error).split())
             # What all processes of a run have to say is said once, by the first.
             if os.environ.get("RANK", "0") == "0" or isinstance(error, RankError):
-                print("error: " + " ".join(str(error).split()), file=sys.stderr)
-            tell_launcher(str(error))
+                print(f"error: {text}", file=sys.stderr)
+            if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+                # torchrun ends its own report of a failed process with this line.
+                extra = {"py_callstack": text, "timestamp": str(int(time.time()))}
+                message = {"message": {"message": text, "extraInfo": extra}}
+                Path(path).write_text(json.dumps(message))
             sys.exit(2)
         except KeyboardInterrupt:
             sys.exit(130)
@@ -521,8 +527,8 @@ def report_errors(main):
     return run
 
 
-def tell_launcher(text):
-    """Make torchrun end its own report of a failed process with this line."""
-    if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
-        extra = {"py_callstack": text, "timestamp": str(int(time.time()))}
-        Path(path).write_text(json.dumps({"message": {"message": text, "extraInfo": extra}}))
+@report_errors
+def check_command_line(usage):
+    """Read and check `CONFIG.yaml key=value ...`: what is mistyped is refused before PyTorch,
+    which takes seconds, is imported."""
+    load(*main_arguments(sys.argv[1:], usage))

@@ -12,7 +12,6 @@ Shapes:  B images   T large crops of each (2)   S all crops of each, the large o
 Crops are crop-major: row = crop * B + image.
 """
 
-import math
 from typing import NamedTuple
 
 import torch
@@ -191,20 +190,29 @@ def health_signs(told, target_NK, temp):
 
 
 def start_values(cfg):
-    """The loss terms of a network that has learnt nothing: uniform predictions over K prototypes.
+    """The loss terms of a network that has learnt nothing, to a few percent (softmax: a fifth).
 
-    mean of cross-entropies = ln K, in parts by the number of crop pairs; iBOT = ln(K) / 2 because
-    half of the large crops have no masks (ln K in a distillation on all tokens). Real runs start a
-    few percent above.
+    It says the same of every crop: its K scores are the cosines of one direction with K random
+    ones in b dimensions, normal numbers of std 1 / sqrt(b). Sinkhorn makes such targets uniform;
+    softmax centering, whose centre is still 0, leaves them as they are, so that [CLS] of student
+    and teacher agree. Hidden patches (in half of the large crops) agree with nothing.
     """
-    w, K, K_ibot = cfg.loss, cfg.head.prototypes, ibot_prototypes(cfg)
-    T, L = LARGE_CROPS, cfg.crops.local_count
+    w, h, T, L = cfg.loss, cfg.head, LARGE_CROPS, cfg.crops.local_count
+
+    def cross_entropy(K, width, agree):
+        draws = torch.randn(2**20 // K + 1, K, generator=torch.Generator().manual_seed(0))
+        score_NK = draws / width**0.5
+        target_NK = (score_NK / cfg.teacher.temp_start).softmax(1) if agree else 1 / K
+        return -(target_NK * (score_NK / w.student_temp).log_softmax(1)).sum(1).mean().item()
+
+    dino = w.dino * cross_entropy(h.prototypes, h.bottleneck, w.centering == "softmax")
+    ibot = w.ibot * cross_entropy(ibot_prototypes(cfg), h.ibot_bottleneck or h.bottleneck, False)
     pairs = T * (T - 1) + T * L
     all_tokens = cfg.distill.teacher and cfg.distill.tokens == "all"
     values = {
-        "dino_global": w.dino * T * (T - 1) / pairs * math.log(K),
-        "dino_local": w.dino * T * L / pairs * math.log(K),
-        "ibot": w.ibot * (1 if all_tokens else cfg.mask.probability) * math.log(K_ibot),
+        "dino_global": dino * T * (T - 1) / pairs,
+        "dino_local": dino * T * L / pairs,
+        "ibot": ibot * (1 if all_tokens else cfg.mask.probability),
     }
     return {name: value for name, value in values.items() if value}
 

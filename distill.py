@@ -1,7 +1,10 @@
 """Distil DINOv2: small students learn from a large, frozen teacher instead of from their own past.
 
-    torchrun distill.py configs/distill.yaml distill.teacher=runs/vitg14
-    torchrun --nproc_per_node=8 distill.py configs/distill.yaml 'distill.students=[small, base]'
+usage: python distill.py CONFIG.yaml distill.teacher=RUN [key=value ...]    or torchrun, as train.py
+
+    python distill.py configs/distill_small.yaml distill.teacher=runs/micro
+    python distill.py configs/distill.yaml distill.teacher=runs/vitg14 'distill.students=[small]'
+    python distill.py configs/distill.yaml distill.teacher=dinov2_vitg14 head_steps=10000
 
 The events of train.py, with these differences (DINOv2, section 5, "Model distillation"; threads 114
 and 176 of the official repository, which has no code for it):
@@ -12,45 +15,38 @@ and 176 of the official repository, which has no code for it):
   - the product, in teacher.pt as ever, is a moving average of the student, who never listens to it
 Teacher and students have the size of patches and the number of prototypes in common, nothing else.
 The teacher looks once at each batch, however many students there are, and each process has its own
-images. A student is a run with a folder of its own.
+images. A student is a run with a folder of its own; the same command continues an interrupted one.
 
-A teacher without heads, such as a released file, first gets fresh ones: head_steps steps of
-self-distillation on its frozen backbone. This is our way: the official heads were never released.
+A teacher without heads, such as a released file, first gets fresh ones, in out/heads: head_steps
+steps of self-distillation on its frozen backbone. This is our way: the official heads were never
+released.
 """
 
-import copy
 import sys
+
+import config
+
+if __name__ == "__main__":
+    config.check_command_line(__doc__)
+
+import copy
 from pathlib import Path
 
 import torch
 
-import config
 import data
-from config import UserError
-from dinov2 import ask_teacher, build_network, ibot_prototypes, teach_student
-from optim import schedules
-from parallel import process_group, ranks, synchronized, wrap
-from train import Run, Watch, micro_batches, print_once, reporting, save_or_leave, train_heads
+from config import UserError, report_errors
+from dinov2 import ask_teacher, build_network, ibot_prototypes
+from parallel import process_group, wrap
+from train import Run, follow, print_once, train_heads
 from vit import SIZES
 from weights.load import teacher_file
 from weights.start import put_parts, read_parts, vit_of
 
-USAGE = """
-usage: torchrun distill.py CONFIG.yaml distill.teacher=RUN [key=value ...]
 
-Trains small students to say what a large, frozen teacher says. RUN is a run folder or teacher.pt:
-  torchrun distill.py configs/distill_small.yaml distill.teacher=runs/micro
-  torchrun distill.py configs/distill.yaml distill.teacher=runs/vitg14 'distill.students=[small]'
-  torchrun distill.py configs/distill.yaml distill.teacher=dinov2_vitg14 head_steps=10000
-The last one has no heads: 10,000 steps first train some on its frozen backbone, in out/heads.
-The same command again continues an interrupted run. Everything is written below `out`.
-A key that the yaml does not mention has the default below.
-"""
-
-
-@config.report_errors
+@report_errors
 def main(argv):
-    cfg = config.load(*config.main_arguments(argv, USAGE))
+    cfg = config.load(*config.main_arguments(argv, __doc__))
     students = student_configs(cfg)
     teacher_file(cfg.distill.teacher)  # a missing one is refused before images are looked for
     with process_group(cfg) as device:
@@ -58,48 +54,28 @@ def main(argv):
 
 
 def distill(cfg, students, device):
-    """Train a student for each Config in `students`, on the same batches: the events, in order."""
-    # ---- images, teacher; the students, those of an interrupted run as they were ----
+    """Train a student for each Config in `students`, on the same batches."""
     source = data.open_source(cfg.data.root, cfg, "train")
     held_out = data.evaluation_images(cfg)
     teacher = open_teacher(cfg, device)
-    watch = Watch(device)
-    runs = []
-    for run in [Run(each, device) for each in students]:
+    runs = [Run(each, device) for each in students]
+    for run in runs:
         if words := run.finished():
             print_once(words)
-            continue
-        run.open(source, held_out, run.cfg.vit.size if cfg.distill.students else "")
-        runs.append(run)
-    if not runs:
-        return
-    start = min(run.start for run in runs)  # a kill may have come between two saves
-    batches = data.loader(students[0], source, start, *ranks())
+    runs = [run for run in runs if not run.finished()]
+    known = {}
+    if held_out and any(run.start == 0 for run in runs):
+        from monitor.results import evaluate
 
-    # ---- the loop ----
+        known["knn_teacher"] = evaluate(teacher.backbone, held_out, cfg, device)["knn"]
     for run in runs:
-        batches = run.report.waiting(batches)
-    for step, batch in enumerate(batches, start):
-        present = [run for run in runs if run.start <= step]
-        known = {}
-        if step == 0 and held_out:
-            from monitor.results import evaluate
+        run.open(source, held_out, run.cfg.vit.size if cfg.distill.students else "", known)
 
-            known["knn_teacher"] = evaluate(teacher.backbone, held_out, cfg, device)["knn"]
-        for run in present:
-            run.evaluate(step, known)
-            run.report.skipped(step, batch.skipped)
-        now = schedules(step, cfg)
-        parts = [visible(part, cfg) for part in micro_batches(batch, cfg, device)]
-        logs = backward(present, teacher, parts, now.teacher_temp, cfg, reporting(step, cfg))
-        for run, log in zip(present, logs, strict=True):
-            run.update(step, now, log, watch)
-        save_or_leave(present, step + 1, watch)
-    for run in runs:
-        run.saved.wait()
-    watch.saved = True
-    for run in runs:
-        run.finish()
+    def ask(part, temp, health):
+        return ask_teacher(teacher, {}, part, temp, cfg.loss, health)
+
+    if runs:
+        follow(runs, ask, source, device, change=lambda part: visible(part, cfg))
 
 
 def visible(batch, cfg):
@@ -113,22 +89,6 @@ def visible(batch, cfg):
         mask_indices=everywhere,
         mask_weights=torch.full_like(everywhere, 1 / masks.shape[1], dtype=torch.float32),
     )
-
-
-def backward(runs, teacher, parts, temp, cfg, health):
-    """Gradients of one step of every student; the logs of the last part. (train.backward is alike.)
-
-    Of each part the teacher speaks once.
-    """
-    for i, part in enumerate(parts, 1):
-        last, logs = i == len(parts), []
-        told = ask_teacher(teacher, {}, part, temp, cfg.loss, health and last)
-        for run in runs:
-            with synchronized(run.model, last):
-                loss, log = teach_student(run.model, part, told, cfg.loss)
-                run.scaler.scale(loss / len(parts)).backward()
-            logs.append(log)
-    return logs
 
 
 # ---- students -----------------------------------------------------------------------------------

@@ -1,15 +1,15 @@
 """Train DINOv2: the events of a run, in order.
 
-usage: torchrun train.py CONFIG.yaml [key=value ...]              or python train.py ...
+usage: python train.py CONFIG.yaml [key=value ...]            one process: CPU, CUDA or MPS
+       torchrun --nproc_per_node=8 train.py CONFIG.yaml parallel=fsdp [key=value ...]
 
-    torchrun train.py config.yaml                                 one process: CPU, CUDA or MPS
-    torchrun train.py config.yaml out=runs/x optim.lr=1.0e-3      any key can be overridden
-    torchrun train.py config.yaml data.root=/photos               a folder of your own images
-    torchrun train.py config.yaml 'augment.blur=[0, 0.5, 0.5]'    lists in quotes
-    torchrun --nproc_per_node=8 train.py config.yaml parallel=fsdp
+    python train.py config.yaml                               the embedded images
+    python train.py configs/imagenette.yaml data.root=/photos      a folder of photographs
+    python train.py config.yaml out=runs/x optim.lr=1.0e-3         any key can be overridden
+    python train.py config.yaml 'augment.blur=[0, 0.5, 0.5]'       lists in quotes
 
 The same command again continues an interrupted run, to the same end as if nothing had happened.
-The method is in dinov2.py, its numbers are in config.yaml; `python train.py --help` explains each,
+The method is in dinov2.py, its numbers are in the yaml; `python train.py --help` explains each,
 and shows its default, which a key has that the yaml does not mention.
 
     RUN/log.jsonl      one object a line: step, images, loss, its terms, health signs, knn, ...
@@ -19,18 +19,24 @@ and shows its default, which a key has that the yaml does not mention.
     RUN/frames/        features of a few images at each evaluation, for the animation
 """
 
+import sys
+
+import config
+
+if __name__ == "__main__":
+    config.check_command_line(__doc__)
+
 import copy
 import os
 import random
 import signal
-import sys
 
 import torch
 
-import config
 import data
 from augment import colour
-from dinov2 import build_centers, build_network, ema_update, objective
+from config import UserError, report_errors
+from dinov2 import ask_teacher, build_centers, build_network, ema_update, teach_student
 from monitor.report import Reporter, finished
 from optim import clip_each_part, compress, forget_moments, param_groups, schedules, set_schedule
 from parallel import (
@@ -90,20 +96,24 @@ def micro_batches(batch, cfg, device):
     return [to_device(part, cfg, device) for part in data.split(batch, cfg.accumulate)]
 
 
-def backward(model, teacher, centers, parts, temp, cfg, scaler, rng, health):
-    """Gradients of one step from the micro-batches it is cut into; the log of the last of them.
+def backward(runs, ask, parts, now, rng, health):
+    """Gradients of one step, from the micro-batches it is cut into; each run's log of the last.
 
-    With several, Sinkhorn, the centre and KoLeo see one at a time: targets are balanced, and
+    ask(part, temp, health) gives the teacher's Targets of a part: it speaks once, to all students.
+    With several parts, Sinkhorn, the centre and KoLeo see one at a time: targets are balanced, and
     neighbours sought, among fewer images than in one large batch.
     """
     for i, part in enumerate(parts, 1):
-        last = i == len(parts)
-        with synchronized(model, last):  # gradients meet once, after the last part
-            loss, log = objective(
-                model, teacher, centers, part, temp, cfg.loss, rng, health=health and last
-            )
-            scaler.scale(loss / len(parts)).backward()
-    return log
+        last, logs = i == len(parts), []
+        told = ask(part, now.teacher_temp, health and last)
+        for run in runs:
+            with synchronized(run.model, last):  # gradients meet once, after the last part
+                loss, log = teach_student(
+                    run.model, part, told, run.cfg.loss, rng, overwrite=len(runs) == 1
+                )
+                run.scaler.scale(loss / len(parts)).backward()
+            logs.append(log)
+    return logs
 
 
 class Run:
@@ -130,9 +140,13 @@ class Run:
         """What to say of a run that has nothing left to do, else ""."""
         return finished(self.cfg) if self.start == self.cfg.steps else ""
 
-    def open(self, source, held_out, name=""):
-        """Begin the report of the run on these images; name: of one student among several."""
-        self.source, self.held_out = source, held_out
+    def open(self, source, held_out, name="", known=None):
+        """Begin the report of the run on these images.
+
+        name   of one student among several
+        known  figures to put beside the first evaluation
+        """
+        self.source, self.held_out, self.known = source, held_out, known or {}
         self.report = Reporter(
             self.cfg, source, held_out, self.student, self.device, self.start, name
         )
@@ -141,19 +155,13 @@ class Run:
 
             draw_crops(source, self.cfg, self.report.out / "crops.png")
 
-    def evaluate(self, step, known=None):
-        """k-NN of the teacher, where it is due before this step; known: figures to put beside."""
+    def evaluate(self, step):
+        """k-NN of the teacher, where it is due before this step."""
         every = self.cfg.log.knn_every
         if step == 0 or (every and step % every == 0):
-            from monitor.results import evaluate
-            from pictures.history import keep_frame
+            from monitor.results import evaluate_run  # which loads what training does not need
 
-            scores = evaluate(
-                self.teacher.backbone, self.held_out, self.cfg, self.device, floors=step == 0
-            )
-            shown = self.held_out[1] if self.held_out else self.source
-            keep_frame(step, self.teacher.backbone, shown, self.cfg)
-            self.report.evaluation(step, scores | (known or {}))
+            evaluate_run(self, step)
 
     def update(self, step, now, log, watch):
         """All that follows the backward pass: clip, refuse what is not finite, step, average."""
@@ -177,8 +185,7 @@ class Run:
         """The last evaluation, the pictures and summary.json."""
         from monitor.results import final_report
 
-        backbone = self.teacher.backbone
-        final_report(self.report, backbone, self.source, self.held_out, self.cfg, self.device)
+        final_report(self)
 
 
 def reporting(step, cfg):
@@ -186,11 +193,11 @@ def reporting(step, cfg):
     return step == 0 or (step + 1) % cfg.log.every == 0
 
 
-@config.report_errors
+@report_errors
 def main(argv):
     cfg = config.load(*config.main_arguments(argv, __doc__))
     if cfg.distill.teacher:
-        raise config.UserError(f"distill.teacher is set: use distill.py {argv[0]}, or leave it out")
+        raise UserError(f"distill.teacher is set: use distill.py {argv[0]}, or leave it out")
     with process_group(cfg) as device:
         if cfg.head_steps and not checkpoints(cfg.out):
             train_heads(cfg, device)
@@ -212,9 +219,6 @@ def train_heads(cfg, device):
 
 def train(cfg, device):
     """One run, from opening its images to its report."""
-    watch, (rank, world) = Watch(device), ranks()
-
-    # ---- images; networks and optimiser, those of an interrupted run as they were ----
     source = data.open_source(cfg.data.root, cfg, "train")
     held_out = data.evaluation_images(cfg)
     run = Run(cfg, device)
@@ -222,23 +226,39 @@ def train(cfg, device):
         return print_once(words)
     run.open(source, held_out)
 
-    # ---- the loop: every number is a function of the step, so there is nothing else to resume ----
-    batches = run.report.waiting(data.loader(cfg, source, run.start, rank, world))
-    for step, batch in enumerate(batches, run.start):
-        run.evaluate(step)
-        run.report.skipped(step, batch.skipped)
+    def ask(part, temp, health):
+        return ask_teacher(run.teacher, run.centers, part, temp, cfg.loss, health)
+
+    follow([run], ask, source, device)
+
+
+def follow(runs, ask, source, device, change=lambda part: part):
+    """The loop: from each batch to the next weights. (Only a distillation has several runs.)
+
+    Every number is a function of the step, so there is nothing else to resume. ask: see backward.
+    """
+    cfg, watch, (rank, world) = runs[0].cfg, Watch(), ranks()
+    start = min(run.start for run in runs)  # a kill may have come between two saves
+    batches = data.loader(cfg, source, start, rank, world)
+    for run in runs:
+        batches = run.report.waiting(batches)
+    for step, batch in enumerate(batches, start):
+        present = [run for run in runs if run.start <= step]
+        for run in present:
+            run.evaluate(step)
+            run.report.skipped(step, batch.skipped)
         now = schedules(step, cfg)
         rng = seeded(f"{cfg.seed} drop path {step} {rank}")
-        parts = micro_batches(batch, cfg, device)
-        log = backward(
-            run.model, run.teacher, run.centers, parts, now.teacher_temp, cfg, run.scaler, rng,
-            reporting(step, cfg),
-        )  # fmt: skip
-        run.update(step, now, log, watch)
-        save_or_leave([run], step + 1, watch)
-    run.saved.wait()
+        parts = [change(part) for part in micro_batches(batch, cfg, device)]
+        logs = backward(present, ask, parts, now, rng, reporting(step, cfg))
+        for run, log in zip(present, logs, strict=True):
+            run.update(step, now, log, watch)
+        save_or_leave(present, step + 1, watch)
+    for run in runs:
+        run.saved.wait()
     watch.saved = True
-    run.finish()
+    for run in runs:
+        run.finish()
 
 
 def save_or_leave(runs, done, watch):
@@ -289,8 +309,7 @@ class Watch:
     there: the loop never waits for the device because of them.
     """
 
-    def __init__(self, device):
-        self.device, self.rank = device, ranks()[0]
+    def __init__(self):
         self.signal, self.saved, self.pending = 0, False, []
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self.remember)
@@ -301,7 +320,7 @@ class Watch:
         text = "leaving now; the same command continues from the last checkpoint"
         if not leave:
             text = "finishing this step, then saving (once more: leaving at once, without)"
-        if self.rank == 0:  # print() may not be called while it is at work, and it may be just now
+        if ranks()[0] == 0:  # print() may not be called while it is at work, and it may be just now
             os.write(2, f"\n{signal.Signals(number).name}: {text}\n".encode())
         self.signal = number
         if leave:
@@ -316,7 +335,7 @@ class Watch:
         flags = max_over_ranks(torch.stack((bad, torch.full_like(bad, self.signal))))
         if not scaled:
             run.optimizer.found_inf = flags[0]
-        self.pending.append((step, on_its_way(flags), log | norms, run.cfg.out))
+        self.pending.append((step, on_its_way(flags), log | norms, run.cfg))
 
     def check(self, step):
         """The signal to stop for, or 0, from the steps up to this one (the newest makes it wait).
@@ -325,14 +344,15 @@ class Watch:
         """
         asked_to_stop = 0
         while self.pending and self.pending[0][0] <= step:
-            at, flags, log, out = self.pending.pop(0)
+            at, flags, log, cfg = self.pending.pop(0)
             bad, number = flags().tolist()
             if bad:
                 terms = [f"{k}={v.item():.4g}" for k, v in log.items() if not torch.isfinite(v)]
-                raise config.UserError(
-                    f"step {at} is not finite ({', '.join(terms) or 'on another process'}): it was "
-                    f"not taken and the last checkpoint in {out} is kept; lower optim.lr, or use "
-                    "precision=fp32"
+                kept = f"the last checkpoint in {cfg.out} is kept" if checkpoints(cfg.out) else ""
+                fp32 = "" if dtype_of(cfg) == torch.float32 else ", or use precision=fp32"
+                raise UserError(
+                    f"step {at} is not finite ({', '.join(terms) or 'on another process'}) and was "
+                    f"not taken; {kept or 'no checkpoint was written yet'}; lower optim.lr{fp32}"
                 )
             asked_to_stop = max(asked_to_stop, int(number))
         return asked_to_stop

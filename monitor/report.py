@@ -5,7 +5,6 @@ waits for a number that nobody reads.
 """
 
 import contextlib
-import importlib
 import json
 import math
 import os
@@ -18,9 +17,10 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+import data
 import dinov2
 from attention import fastest
-from config import UserError, dump, to_dict, writing
+from config import UserError, dump, replace_text, to_dict, writing
 from optim import scaled_lr
 from parallel import (
     device_name,
@@ -41,14 +41,6 @@ FLOORS = {
     "knn_pixels": "raw pixels",
     "knn_teacher": "its teacher",
 }
-COLLAPSE = {
-    "alike": "all images look alike to the teacher (rankme {rankme:.2f}): raise loss.koleo or "
-    "lower optim.lr",
-    "few": "the teacher puts every image on one or two prototypes (share used "
-    "{prototypes_used:.5f}): use loss.centering=sinkhorn",
-    "uniform": "the teacher's targets are uniform (entropy {teacher_entropy:.2f} nats): lower "
-    "teacher.temp",
-}
 
 
 class Reporter:
@@ -66,7 +58,13 @@ class Reporter:
         if self.rank == 0:
             self.open_folder(lines, start)
             print(start_card(cfg, source, held_out, student, device, start), flush=True)
-        self.live = Live(cfg.steps, start, self.rank == 0 and sys.stderr.isatty(), self.name)
+        # The foot of a terminal: a row for the progress, one for the losses, one for the rest. All
+        # in one would be 150 columns wide, and cut off where windows have 80.
+        self.rows = []
+        if self.rank == 0 and sys.stderr.isatty():
+            bar = self.name + "step {n:,}/{total:,} |{bar}| {desc}"
+            self.rows = [tqdm(total=cfg.steps, initial=start, bar_format=bar, desc="first step")]
+            self.rows += [tqdm(bar_format="{desc}") for _ in range(2)]
 
     def earlier_lines(self, start):
         """The log up to the checkpoint, of which it may be ahead; remembers some of it."""
@@ -125,7 +123,7 @@ class Reporter:
         self.waited, self.last = 0.0, (done, time.time())
         self.write(line)
         self.show(line)
-        self.warn_of_collapse(line)
+        self.warn(line)
 
     def evaluation(self, step, result):
         """A k-NN evaluation of the teacher before `step`."""
@@ -160,10 +158,11 @@ class Reporter:
                 if self.rank == 0:
                     self.say(f"warning: damaged image skipped ({len(self.bad)} so far): {name}")
                     self.write({"step": step, "skipped": name})
-        if len(self.bad) > 0.01 * self.images:
+        if len(self.bad) > data.most_damaged(self.cfg, self.images):
             raise UserError(
-                f"{len(self.bad)} of {self.images} images are damaged, more than 1 %: "
-                f"they are named in {self.out / 'log.jsonl'}; mend or remove them"
+                f"{len(self.bad)} of {self.images} images are damaged, more than "
+                f"data.max_damaged={self.cfg.data.max_damaged:g}: they are named in "
+                f"{self.out / 'log.jsonl'}; mend or remove them, or raise the key"
             )
 
     def summary(self, result):
@@ -175,7 +174,8 @@ class Reporter:
 
     def close(self, message):
         """Last words."""
-        self.live.close()
+        for row in self.rows:
+            row.close()
         for _, close in self.writers:
             close()
         if self.rank == 0:
@@ -188,7 +188,10 @@ class Reporter:
         return round(self.seconds_before + time.time() - self.began, 1)
 
     def write(self, line):
-        line = {k: rounded(v) if isinstance(v, float) else v for k, v in line.items()}
+        # Six digits are enough for a log, and json has no word for nan and inf but null.
+        for key, value in line.items():
+            if isinstance(value, float):
+                line[key] = float(f"{value:.6g}") if math.isfinite(value) else None
         with writing(self.out / "log.jsonl", ELSEWHERE):
             self.log.write(json.dumps(line) + "\n")
         for add, _ in self.writers:
@@ -210,51 +213,50 @@ class Reporter:
             f"lr {line['lr']:.1e}  data wait {line['data_wait']:.0%}  "
             f"memory {line['memory_gb']:.1f} GB",
         ]
-        if self.live.rows:
-            self.live.show(done, rows)
-        else:
-            self.say(f"step {done:,}/{self.cfg.steps:,}  " + "  ".join(rows))
-
-    def warn_of_collapse(self, line):
-        """Say so once, in plain words, when the signs of health point to a collapse."""
-        if line["step"] < self.cfg.optim.warmup or "rankme" not in line:
-            return
-        K = self.cfg.head.prototypes
-        used, entropy = line["prototypes_used"], line["teacher_entropy"]
-        signs = {
-            "alike": line["rankme"] < 2,
-            # Softmax centering may share prototypes out although the scores favour one: then the
-            # targets are not certain of it.
-            "few": used < 2 / K and entropy < math.log(2),
-            "uniform": entropy > 0.999 * math.log(K),
-        }
-        for sign, ill in signs.items():
-            if ill and sign not in self.warned:
-                self.warned.add(sign)
-                self.say("warning: collapse? " + COLLAPSE[sign].format(**line))
-
-
-class Live:
-    """The foot of a terminal: a row for the progress, one for the losses, one for the rest.
-
-    One row for all of it would be 150 columns wide, and cut off where windows have 80.
-    """
-
-    def __init__(self, steps, start, visible, name=""):
-        self.rows = []
-        if visible:
-            bar = name + "step {n:,}/{total:,} |{bar}| {desc}"
-            self.rows = [tqdm(total=steps, initial=start, bar_format=bar, desc="first step")]
-            self.rows += [tqdm(bar_format="{desc}") for _ in range(2)]
-
-    def show(self, done, texts):
+        if not self.rows:
+            return self.say(f"step {done:,}/{self.cfg.steps:,}  " + "  ".join(rows))
         self.rows[0].n = done
-        for row, text in zip(self.rows, texts, strict=True):
+        for row, text in zip(self.rows, rows, strict=True):
             row.set_description_str(text)
 
-    def close(self):
-        for row in self.rows:
-            row.close()
+    def warn(self, line):
+        """Say once, in plain words, what the numbers of a line warn of."""
+        for words in warnings_of(line, self.cfg):
+            if words.split("(")[0] not in self.warned:
+                self.warned.add(words.split("(")[0])
+                self.say(f"warning: {words}")
+
+
+def warnings_of(line, cfg):
+    """Signs of a collapse, once the warm-up is over, and of a loop that waits; in plain words."""
+    if line["step"] > 1 and line["data_wait"] > 0.3:
+        fix = f"more than data.workers={cfg.data.workers}" if os.cpu_count() > 2 else "more cores"
+        yield (
+            f"the loop waits for images (data wait {line['data_wait']:.0%}): use {fix}, or smaller "
+            "files (python -m images pack)"
+        )
+    if line["step"] < cfg.optim.warmup or "rankme" not in line:
+        return
+    K, used, entropy = cfg.head.prototypes, line["prototypes_used"], line["teacher_entropy"]
+    if line["rankme"] < 2:
+        yield (
+            f"collapse? all images look alike to the teacher (rankme {line['rankme']:.2f}): raise "
+            "loss.koleo or lower optim.lr"
+        )
+    # Softmax centering may share prototypes out although the scores favour one: then the targets
+    # are not certain of it.
+    if used < 2 / K and entropy < math.log(2):
+        softmax = cfg.loss.centering == "softmax"
+        fix = "use loss.centering=sinkhorn" if softmax else "raise loss.koleo or lower optim.lr"
+        yield (
+            "collapse? the teacher puts every image on one or two prototypes (share used "
+            f"{used:.5f}): {fix}"
+        )
+    if entropy > 0.999 * math.log(K):
+        yield (
+            f"collapse? the teacher's targets are uniform (entropy {entropy:.2f} nats): lower "
+            f"teacher.temp={cfg.teacher.temp:g}"
+        )
 
 
 def read_log(path):
@@ -294,101 +296,113 @@ def belongs_before(line, start):
     return line["step"] < start or (line["step"] == start and "loss" in line)
 
 
-def rounded(value):
-    """Six digits are enough for a log, and json has no word for nan and inf but null."""
-    return float(f"{value:.6g}") if math.isfinite(value) else None
-
-
-def replace_text(path, text):
-    """Write a text file whole or not at all."""
-    aside = path.with_suffix(".part")
-    aside.write_text(text, encoding="utf-8")
-    os.replace(aside, path)
-
-
 # ---- at the start --------------------------------------------------------------------------------
 
 
 def start_card(cfg, source, held_out, student, device, start):
     """Everything one asks before a long run, on one screen."""
-    parts = {
-        name: sum(p.numel() for p in part.parameters()) for name, part in student.named_children()
-    }
-    lr, world = scaled_lr(cfg.optim.lr, cfg.batch), ranks()[1]
-    never = ", which it never reaches: optim.warmup is longer than the run"
-    values = dinov2.start_values(cfg)
+    c, world, K = cfg.crops, ranks()[1], cfg.head.prototypes
     attention = cfg.attention
     if attention == "auto":
         attention += f" ({fastest(device, dtype_of(cfg))})"
-    labels = f", {len(source.classes)} classes" if source.classes else ", no labels"
-    knn = "none, for want of labelled held-out images (data.val)"
-    if held_out:
-        knn = f"of {len(held_out[1]):,} held-out images among {len(held_out[0]):,} labelled ones"
+    parts = {
+        name: sum(p.numel() for p in part.parameters()) for name, part in student.named_children()
+    }
+    values = dinov2.start_values(cfg)
     rows = {
         "device": f"{device} ({device_name(device)}), {NAMES[dtype_of(cfg)]}, "
-        f"{world} process{'es' if world > 1 else ''}, parallel={cfg.parallel}, "
-        f"attention={attention}",
-        "images": f"{len(source):,} from {cfg.data.root}{labels}",
-        "k-NN": knn,
+        f"{counted(world, 'process', 'processes')}, parallel={cfg.parallel}, attention={attention}",
+        "images": f"{len(source):,} from {cfg.data.root}, {classes_of(source)}",
+        "left out": ", ".join(f"{n:,} {why}" for why, n in getattr(source, "left_out", {}).items()),
+        "k-NN": knn_words(cfg, held_out),
         "network": f"{cfg.vit.size}/{cfg.vit.patch}: "
         + ", ".join(f"{name} {count / 1e6:.2f} M" for name, count in parts.items())
         + " parameters",
-        "teacher": f"{cfg.distill.teacher}, frozen; iBOT on {cfg.distill.tokens} patches",
-        "batch": f"{cfg.batch} images x (2 crops of {cfg.crops.global_size} px + "
-        f"{cfg.crops.local_count} of {cfg.crops.local_size} px)",
+        "teacher": f"{cfg.distill.teacher}, frozen; iBOT on {cfg.distill.tokens} patches"
+        if cfg.distill.teacher
+        else "",
+        "batch": f"{cfg.batch} images x (2 crops of {c.global_size} px + {c.local_count} of "
+        f"{c.local_size} px)",
         "steps": f"{start:,} to {cfg.steps:,}, {cfg.steps * cfg.batch / len(source):.1f} epochs",
-        "lr": f"{lr:.2e} at its peak (optim.lr={cfg.optim.lr:g} x sqrt({cfg.batch} / 1024))"
-        + never * (cfg.optim.warmup > cfg.steps),
-        "loss": "a healthy run starts near "
+        "lr": f"{scaled_lr(cfg.optim.lr, cfg.batch):.2e} at its peak (optim.lr={cfg.optim.lr:g} x "
+        f"sqrt({cfg.batch} / 1024))",
+        "loss": "an untrained network starts near "
         + ", ".join(f"{name} {value:.3f}" for name, value in values.items())
-        + f" (uniform over {cfg.head.prototypes:,}; ln K = {math.log(cfg.head.prototypes):.2f})",
+        + f" (K = {K:,}, ln K = {math.log(K):.2f})",
         "output": f"{cfg.out}/ (log.jsonl, summary.json, teacher.pt, checkpoints/, pictures)",
+        "note": "; ".join(notes(cfg, device)),
     }
-    if cfg.precision == "bf16" and not multiplies_bf16(device):
-        rows["slow"] = "this device has no bf16 matrix products: precision=auto is far faster"
-    if not cfg.distill.teacher:
-        del rows["teacher"]
-    if cfg.data.channels != 3:
-        rows["note"] = f"{cfg.data.channels} channels: colour changes need RGB and are left out"
     title = f"nanoDINOv2 continues after step {start:,}" if start else "nanoDINOv2 starts"
     width = max(shutil.get_terminal_size((100, 24)).columns, 60)
     layout = textwrap.TextWrapper(
         width, subsequent_indent=" " * 11, break_long_words=False, break_on_hyphens=False
     )
-    return "\n".join([title] + [layout.fill(f"  {k:<9}{text}") for k, text in rows.items()])
+    rows = [layout.fill(f"  {name:<9}{text}") for name, text in rows.items() if text]
+    return "\n".join([title, *rows])
+
+
+def counted(number, one, many):
+    return f"{number:,} {one if number == 1 else many}"
+
+
+def classes_of(source):
+    """How many classes there are, and their names where few: folders of albums are no classes."""
+    names = source.classes
+    if not names:
+        return "no labels"
+    few = f" ({', '.join(map(str, names))})" if len(names) <= 8 else ""
+    return counted(len(names), "class", "classes") + few
+
+
+def knn_words(cfg, held_out):
+    if not held_out:
+        return "none, for want of labelled held-out images (data.val)" if getattr(cfg.log, "knn", True) else "off"
+    count = len(held_out[1])
+    few = f"; few: each is {100 / count:.1f} points" if count < 100 else ""
+    return f"of {count:,} held-out images among {len(held_out[0]):,} labelled ones{few}"
+
+
+def notes(cfg, device):
+    """What a user should know of this combination of keys."""
+    a, slow = cfg.augment, cfg.precision == "bf16" and not multiplies_bf16(device)
+    if slow:
+        yield "this device has no bf16 matrix products: precision=auto is far faster"
+    if cfg.data.channels != 3:
+        yield f"{cfg.data.channels} channels: colour changes need RGB and are left out"
+    elif cfg.data.root != "synthetic" and not any([a.jitter, a.grey, *a.blur, *a.solarize]):
+        yield (
+            "augment.* leaves all colours as they are, which photographs should not have: for "
+            "those start from configs/imagenette.yaml"
+        )
+    if cfg.optim.warmup > cfg.steps:
+        yield "the lr never reaches its peak: optim.warmup is longer than the run"
 
 
 def open_writers(cfg, start):
     """TensorBoard and Weights & Biases, where asked for: [(add a line of the log, close)].
 
-    Raises UserError if the package is not installed.
+    Raises UserError if the package is not installed, or wandb does not let us in.
     """
     writers = []
-    if cfg.log.tensorboard:
-        tensorboard = needed("torch.utils.tensorboard", "tensorboard", "log.tensorboard=true")
-        # What an interrupted run wrote after its last checkpoint is done again: purged.
-        board = tensorboard.SummaryWriter(cfg.out, purge_step=start + 1 if start else None)
-
-        def add(line):
-            for name, value in line.items():
-                if isinstance(value, (int, float)):
-                    board.add_scalar(name, value, line["step"])
-
-        writers.append((add, board.close))
-    if cfg.log.wandb:
-        wandb = needed("wandb", "wandb", f"log.wandb={cfg.log.wandb}")
-        try:
-            run = wandb.init(project=cfg.log.wandb, dir=cfg.out, config=to_dict(cfg))
-        except wandb.Error as error:
-            text = f"log.wandb={cfg.log.wandb}: {error} Or set WANDB_MODE=offline"
-            raise UserError(text) from None
-        writers.append((lambda line: run.log(line, step=line["step"]), run.finish))
-    return writers
-
-
-def needed(module, package, key):
-    """A module of a package that only this key needs."""
     try:
-        return importlib.import_module(module)
-    except ImportError:
-        raise UserError(f"{key} needs a package: pip install {package}") from None
+        if cfg.log.tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            # What an interrupted run wrote after its last checkpoint is done again: purged.
+            board = SummaryWriter(cfg.out, purge_step=start + 1 if start else None)
+
+            def add(line):
+                for name, value in line.items():
+                    if isinstance(value, (int, float)):
+                        board.add_scalar(name, value, line["step"])
+
+            writers.append((add, board.close))
+        if cfg.log.wandb:
+            import wandb
+
+            run = wandb.init(project=cfg.log.wandb, dir=cfg.out, config=to_dict(cfg))
+            writers.append((lambda line: run.log(line, step=line["step"]), run.finish))
+    except ImportError as error:
+        package = "wandb" if cfg.log.wandb and "wandb" in str(error) else "tensorboard"
+        raise UserError(f"log.{package} needs a package: pip install {package}") from None
+    return writers

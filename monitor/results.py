@@ -38,11 +38,20 @@ def headline(scores):
     return scores.get(f"knn_{K_REPORTED}", next(iter(scores.values()), None))
 
 
-def final_report(report, backbone, source, held_out, cfg, device):
+def evaluate_run(run, step):
+    """k-NN of a run before a step, in its log; and features of a few images for the animation."""
+    backbone, first = run.teacher.backbone, step == 0
+    scores = evaluate(backbone, run.held_out, run.cfg, run.device, floors=first)
+    keep_frame(step, backbone, run.held_out[1] if run.held_out else run.source, run.cfg)
+    run.report.evaluation(step, scores | (run.known if first else {}))
+
+
+def final_report(run):
     """After the last step: k-NN with every k, the pictures of the run, and summary.json."""
-    scores = eval_knn.evaluate(backbone, held_out, cfg, device) if held_out else {}
-    source = held_out[1] if held_out else source
-    keep_frame(cfg.steps, backbone, source, cfg)
+    cfg, report, backbone, held_out = run.cfg, run.report, run.teacher.backbone, run.held_out
+    scores = eval_knn.evaluate(backbone, held_out, cfg, run.device) if held_out else {}
+    shown = held_out[1] if held_out else run.source
+    keep_frame(cfg.steps, backbone, shown, cfg)
     if report.rank:
         return
     knn, seconds = headline(scores), report.seconds()
@@ -51,7 +60,7 @@ def final_report(report, backbone, source, held_out, cfg, device):
     summary |= {"images": cfg.steps * cfg.batch, "seconds": seconds, "steps": cfg.steps}
     if cfg.log.pictures:
         draw_curves(report.out)
-        draw_pca(source, cfg, report.out / "pca.png", device)
+        draw_pca(shown, cfg, report.out / "pca.png", run.device)
     report.summary(summary)
     text = f"done: {summary['images']:,} images in {seconds:.0f} s"
     if held_out:

@@ -23,7 +23,7 @@ import distill
 import train
 from config import from_dict
 from data import Batch, index_masks
-from dinov2 import build_network
+from dinov2 import ask_teacher, build_network
 from optim import schedules
 from vit import SIZES, VisionTransformer
 from weights import checkpoint
@@ -146,9 +146,13 @@ def test_one_step_equals_a_double_loop_over_crops_and_patches(tokens, separate):
     batch = Batch(large, small, none, none, *index_masks(masks), skipped=[])
 
     scaler = torch.amp.GradScaler("cpu", enabled=False)
-    one = SimpleNamespace(model=student, scaler=scaler)
-    part = distill.visible(batch, cfg)
-    [log] = distill.backward([one], teacher, [part], 0.05, cfg, health=False)
+    one = SimpleNamespace(model=student, scaler=scaler, cfg=cfg)
+    now = SimpleNamespace(teacher_temp=0.05)
+
+    def ask(part, temp, health):
+        return ask_teacher(teacher, {}, part, temp, cfg.loss, health)
+
+    [log] = train.backward([one], ask, [distill.visible(batch, cfg)], now, None, False)
 
     given = SimpleNamespace(large=large, small=small, B=B)
     voting = torch.ones_like(masks) if tokens == "all" else masks

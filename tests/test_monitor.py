@@ -18,6 +18,10 @@ from PIL import Image
 from running import ROOT, Run, log_of, make_photos, run, tiny
 from torch import nn
 
+import config
+import data
+import dinov2
+import train
 from config import Config
 from monitor import report, results
 
@@ -79,10 +83,10 @@ def test_the_pictures_are_there(whole, name):
 def test_the_card_says_what_one_asks_before_a_long_run(whole):
     card = " ".join(whole[1].split())
     for text in [
-        "cpu (", "fp32", "1 process", "attention=auto (sdpa)", "30 from", "2 classes",
-        "10 held-out", "nano/8", "backbone", "dino_head", "0 to 12", "3.54e-04 at its peak",
-        "8 images x (2 crops of 16 px + 2 of 8 px)",
-        "dino_global 1.155, dino_local 2.310, ibot 1.733", "ln K = 3.47", str(whole[0]),
+        "cpu (", "1 thread)", "fp32", "1 process", "attention=auto (sdpa)", "30 from",
+        "2 classes (dark, light)", "10 held-out", "few: each is 10.0 points", "nano/8", "backbone",
+        "dino_head", "0 to 12", "3.54e-04 at its peak", "8 images x (2 crops of 16 px + 2 of 8 px)",
+        "an untrained network starts near dino_global", "ln K = 3.47", str(whole[0]),
     ]:  # fmt: skip
         assert text in card, text
 
@@ -99,6 +103,7 @@ def test_the_card_says_that_a_learning_rate_never_reaches_its_peak():
         classes = ()
 
     cfg = Config()
+    cfg.data.root = "synthetic"
     for steps, said in [(20, True), (200, False)]:
         cfg.steps, cfg.optim.warmup = steps, 100
         card = report.start_card(cfg, Images([0]), None, nn.Sequential(), torch.device("cpu"), 0)
@@ -198,22 +203,31 @@ def test_a_damaged_image_is_skipped_counted_and_named_once(tmp_path):
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["skipped_images"] == 1
 
 
-def test_more_than_one_percent_of_damaged_images_stop_the_run(tmp_path):
-    spoil(make_photos(tmp_path / "photos", [("train", 120), ("val", 4)]), 2)
-    done = run(tmp_path, tiny(tmp_path / "run", tmp_path / "photos", "steps=30"))
+def test_many_damaged_images_stop_the_run_a_few_do_not(tmp_path):
+    spoil(make_photos(tmp_path / "photos", [("train", 60), ("val", 4)]), 21)
+    words = ["steps=16", "log.knn_every=0"]
+    done = run(tmp_path, tiny(tmp_path / "run", tmp_path / "photos", *words))
     assert done.code == 2
-    assert done.err.count("\n") == 1 and "2 of 120 images are damaged" in done.err
+    assert done.err.count("\n") == 1 and "21 of 60 images are damaged" in done.err
+    assert "data.max_damaged=0.01" in done.err and "log.jsonl" in done.err
+    words.append("data.max_damaged=0.4")
+    done = run(tmp_path, tiny(tmp_path / "more", tmp_path / "photos", *words))
+    assert done.code == 0, done.err
+
+
+def test_twenty_damaged_images_stop_no_run_however_small_it_is():
+    assert [data.most_damaged(Config(), n) for n in (60, 2000, 10**6)] == [20, 20, 10**4]
 
 
 @pytest.mark.slow
 def test_damaged_images_of_every_rank_are_named(tmp_path):
-    spoil(make_photos(tmp_path / "photos", [("train", 120), ("val", 4)]), 2)
+    spoil(make_photos(tmp_path / "photos", [("train", 60), ("val", 4)]), 21)
     words = tiny(tmp_path / "run", tmp_path / "photos", "steps=30", "parallel=ddp", "log.every=10")
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"]
     done = subprocess.run([*launch, ROOT / "train.py", *words], capture_output=True, text=True)
     assert done.returncode == 1  # torchrun's own
-    assert len([line for line in log_of(tmp_path / "run") if "skipped" in line]) == 2
-    assert "error: 2 of 120 images are damaged" in done.stderr
+    assert len([line for line in log_of(tmp_path / "run") if "skipped" in line]) == 21
+    assert "error: 21 of 60 images are damaged" in done.stderr
 
 
 # ---- TensorBoard, W&B, collapse -----------------------------------------------------------------
@@ -225,8 +239,32 @@ def test_a_missing_package_is_one_line(tmp_path, monkeypatch, package):
         monkeypatch.setitem(sys.modules, name, None)  # importing it raises, installed or not
     cfg = Config(out=str(tmp_path))
     setattr(cfg.log, package, "x")
-    with pytest.raises(report.UserError, match=f"log.{package}=.*: pip install {package}"):
+    with pytest.raises(report.UserError, match=f"log.{package} .*: pip install {package}"):
         report.open_writers(cfg, start=0)
+
+
+@pytest.mark.parametrize(
+    "word, near",
+    [("seed=0", 0.05), ("head.bottleneck=256", 0.02), ("loss.centering=softmax", 0.2)],
+)
+def test_an_untrained_network_starts_where_the_card_says(word, near):
+    cfg = config.load(ROOT / "config.yaml", ["batch=16", "teacher.temp_start=0.06", word])
+    cfg.precision = "fp32"
+    student, teacher, centers, _ = train.build(cfg, torch.device("cpu"))
+    batch = next(iter(data.loader(cfg, data.open_source("synthetic", cfg))))
+    batch = train.to_device(batch, cfg, torch.device("cpu"))
+    _, log = dinov2.objective(student, teacher, centers, batch, 0.06, cfg.loss)
+    for name, value in dinov2.start_values(cfg).items():
+        assert log[name].item() == pytest.approx(value, rel=near), name
+
+
+def test_photographs_whose_colours_stay_are_noted():
+    def notes(*words):
+        cfg = config.load(ROOT / "config.yaml", words)
+        return " ".join(report.notes(cfg, torch.device("cpu")))
+
+    assert "start from configs/imagenette.yaml" in notes("data.root=/photos")
+    assert not notes() and not notes("data.root=/photos", "augment.jitter=0.8")
 
 
 def silent_reporter(said):
@@ -236,7 +274,8 @@ def silent_reporter(said):
     return reporter
 
 
-HEALTHY = dict(zip(HEALTH, [5.0, 0.5, 0.8, 100.0], strict=True)) | {"step": 20_000}
+HEALTHY = dict(zip(HEALTH, [5.0, 0.5, 0.8, 100.0], strict=True))
+HEALTHY |= {"step": 20_000, "data_wait": 0.0}
 ILL = {
     "all images look alike": {"rankme": 1.1},
     "on one or two prototypes": {"prototypes_used": 1.1 / 65536, "teacher_entropy": 0.01},
@@ -248,15 +287,30 @@ ILL = {
 def test_a_collapse_is_told_once_and_in_plain_words(words):
     said = []
     reporter, ill = silent_reporter(said), HEALTHY | ILL[words]
-    reporter.warn_of_collapse(HEALTHY)
-    reporter.warn_of_collapse(ill | {"step": 10})  # in the warm-up
+    reporter.warn(HEALTHY)
+    reporter.warn(ill | {"step": 10})  # in the warm-up
     assert not said
     for _ in range(2):
-        reporter.warn_of_collapse(ill)
+        reporter.warn(ill)
     assert len(said) == 1 and words in said[0]
 
 
 def test_scores_that_favour_one_prototype_are_no_collapse_while_centred_targets_are_spread():
     said = []
-    silent_reporter(said).warn_of_collapse(HEALTHY | {"prototypes_used": 1.1 / 65536})
+    silent_reporter(said).warn(HEALTHY | {"prototypes_used": 1.1 / 65536})
     assert not said
+
+
+def test_advice_looks_at_the_config_that_it_advises():
+    few = HEALTHY | ILL["on one or two prototypes"]
+    for centering, advised in [("softmax", True), ("sinkhorn", False)]:
+        cfg = Config()
+        cfg.loss.centering = centering
+        (said,) = report.warnings_of(few, cfg)
+        assert ("use loss.centering=sinkhorn" in said) == advised
+
+
+def test_a_loop_that_waits_for_images_says_what_helps(monkeypatch):
+    monkeypatch.setattr(os, "cpu_count", lambda: 16)
+    said = list(report.warnings_of(HEALTHY | {"data_wait": 0.45}, Config()))
+    assert len(said) == 1 and "data wait 45%" in said[0] and "data.workers=8" in said[0]

@@ -166,12 +166,12 @@ def test_a_gradient_that_is_not_finite_reaches_neither_weights_nor_disk(
 ):
     honest, steps = train.backward, []
 
-    def spoiled(model, *rest):
-        log = honest(model, *rest)
-        steps.append(model)
+    def spoiled(runs, *rest):
+        logs = honest(runs, *rest)
+        steps.append(runs[0].student)
         if len(steps) == 6:
-            next(model.backbone.parameters()).grad.fill_(torch.inf)
-        return log
+            next(steps[-1].backbone.parameters()).grad.fill_(torch.inf)
+        return logs
 
     monkeypatch.setattr(train, "backward", spoiled)
     line = refused(capsys, *tiny(tmp_path / "run", photos, "log.save_every=2"))
@@ -252,9 +252,9 @@ def test_a_number_may_be_written_1e_6(tmp_path, photos):
 
 def test_help_explains_every_key_and_no_words_are_an_error(tmp_path):
     helped = run(tmp_path / "a", ["--help"])
-    assert helped.code == 0 and "optim.lr" in helped.out and "usage: torchrun" in helped.out
+    assert helped.code == 0 and "optim.lr" in helped.out and "usage: python train.py" in helped.out
     silent = run(tmp_path / "b", [])
-    assert silent.code == 2 and "usage: torchrun" in silent.out
+    assert silent.code == 2 and "usage: python train.py" in silent.out
 
 
 # ---- the commands as they are typed -------------------------------------------------------------
