@@ -190,7 +190,7 @@ def health_signs(told, target_NK, temp):
 
 
 def start_values(cfg):
-    """The loss terms of a network that has learnt nothing, to a few percent (softmax: a fifth).
+    """The loss terms of a network that has learnt nothing, to a few percent (softmax: a fourth).
 
     It says the same of every crop: its K scores are the cosines of one direction with K random
     ones in b dimensions, normal numbers of std 1 / sqrt(b). Sinkhorn makes such targets uniform;

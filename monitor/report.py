@@ -356,7 +356,8 @@ def classes_of(source):
 
 def knn_words(cfg, held_out):
     if not held_out:
-        return "none, for want of labelled held-out images (data.val)" if getattr(cfg.log, "knn", True) else "off"
+        wanted = getattr(cfg.log, "knn", True)
+        return "none, for want of labelled held-out images (data.val)" if wanted else "off"
     count = len(held_out[1])
     few = f"; few: each is {100 / count:.1f} points" if count < 100 else ""
     return f"of {count:,} held-out images among {len(held_out[0]):,} labelled ones{few}"
