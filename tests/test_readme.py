@@ -65,7 +65,7 @@ def test_blocks_of_both_kinds_are_found():
 
 
 def test_the_two_commands_are_there():
-    assert "pip install -r requirements.txt && torchrun train.py config.yaml" in README
+    assert "pip install -r requirements.txt && python train.py config.yaml" in README
     assert "pip install -r requirements-dev.txt && pytest" in README
 
 
