@@ -154,22 +154,15 @@ def read_teacher(path, cfg):
 
 def check_match(its, cfg, path, heads):
     """Raise UserError unless teacher and students look at the same patches and prototypes."""
-    for key in ("vit.patch", "data.channels", "data.mean", "data.std"):
-        ours, theirs = config.lookup(cfg, key), config.lookup(its, key)
+    keys = ["vit.patch", "data.channels", "data.mean", "data.std", *["head.prototypes"] * heads]
+    pairs = [(key, config.lookup(cfg, key), config.lookup(its, key)) for key in keys]
+    if heads and cfg.loss.ibot:
+        pairs.append(("head.ibot_prototypes", ibot_prototypes(cfg), ibot_prototypes(its)))
+        pairs.append(("loss.ibot", cfg.loss.ibot, cfg.loss.ibot if its.loss.ibot else 0))
+    for key, ours, theirs in pairs:
         if ours != theirs:
             fix = f"{key}={config.shown(theirs)}"
             raise UserError(f"{key}={config.shown(ours)}, but {title(path)} has {fix}: set {fix}")
-    if not heads:
-        return
-    if cfg.head.prototypes != its.head.prototypes:
-        key, ours, theirs = "head.prototypes", cfg.head.prototypes, its.head.prototypes
-    elif cfg.loss.ibot and ibot_prototypes(cfg) != ibot_prototypes(its):
-        key, ours, theirs = "head.ibot_prototypes", ibot_prototypes(cfg), ibot_prototypes(its)
-    elif cfg.loss.ibot and not its.loss.ibot:
-        key, ours, theirs = "loss.ibot", cfg.loss.ibot, 0
-    else:
-        return
-    raise UserError(f"{key}={ours}, but {title(path)} has {theirs}: set {key}={theirs}")
 
 
 def train_its_heads(path, its, cfg, device):

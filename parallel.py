@@ -13,7 +13,6 @@ COLLECTIVE_TIMEOUT (environment, seconds, 600) is how long ranks wait for each o
 
 import contextlib
 import os
-import platform
 import sys
 import warnings
 from datetime import timedelta
@@ -162,26 +161,6 @@ def dtype_of(cfg):
     if precision == "auto":
         precision = "bf16" if multiplies_bf16(pick_device(cfg.device)) else "fp32"
     return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
-
-
-def device_name(device):
-    """The product behind a torch.device."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    threads = torch.get_num_threads()
-    return f"{platform.machine()}, {threads} thread{'s' * (threads > 1)}"
-
-
-def peak_memory(device):
-    """Peak memory so far in GB: of the GPU, or of this process where there is none."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e9
-    try:
-        import resource
-    except ImportError:  # Windows
-        return 0.0
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
 def check_batch(cfg, world):

@@ -30,6 +30,7 @@ import os
 import random
 import sys
 import weakref
+from types import SimpleNamespace
 from typing import NamedTuple
 from unittest import mock
 
@@ -220,7 +221,8 @@ def take_step(cfg, model, teacher, centers, optimizer, parts, student):
     now = schedules(0, cfg)
     set_schedule(optimizer, now)
     rng, scaler = torch.Generator(), torch.amp.GradScaler("cpu", enabled=False)
-    train.backward(model, teacher, centers, parts, now.teacher_temp, cfg, scaler, rng, False)
+    run = SimpleNamespace(model=model, teacher=teacher, centers=centers, cfg=cfg, scaler=scaler)
+    train.backward([run], train.own_teacher(run), parts, now, rng, False)
     clip_each_part(student, cfg.optim.clip, cfg.optim.clip_by)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)

@@ -8,6 +8,7 @@ import contextlib
 import json
 import math
 import os
+import platform
 import shutil
 import sys
 import textwrap
@@ -23,11 +24,9 @@ from attention import fastest
 from config import UserError, dump, replace_text, to_dict, writing
 from optim import scaled_lr
 from parallel import (
-    device_name,
     dtype_of,
     lists_of_ranks,
     multiplies_bf16,
-    peak_memory,
     ranks,
     sum_over_ranks,
 )
@@ -377,6 +376,26 @@ def notes(cfg, device):
         )
     if cfg.optim.warmup > cfg.steps:
         yield "the lr never reaches its peak: optim.warmup is longer than the run"
+
+
+def device_name(device):
+    """The product behind a torch.device."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    threads = torch.get_num_threads()
+    return f"{platform.machine()}, {threads} thread{'s' * (threads > 1)}"
+
+
+def peak_memory(device):
+    """Peak memory so far in GB: of the GPU, or of this process where there is none."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0.0
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
 def open_writers(cfg, start):

@@ -371,7 +371,7 @@ def test_the_small_card_is_the_default_experiment_but_shorter():
 BAD = [
     # words                            what the line must hold: the key or file, and the fix
     ("vit.patch=4", "vit.patch=4, but distill.teacher={teacher} has vit.patch=8: set vit.patch=8"),
-    ("head.prototypes=16", "head.prototypes=16, but distill.teacher={teacher} has 32"),
+    ("head.prototypes=16", "head.prototypes=16, but distill.teacher={teacher} has head."),
     ("data.mean=[0,0,0]", "set data.mean=[0.5, 0.5, 0.5]"),
     ("crops.global_size=20", "crops.global_size=20 is not a multiple of vit.patch=8: use 16"),
     ("distill.students=[nano,huge]", "distill.students: huge is unknown, choose from nano"),

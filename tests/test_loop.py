@@ -197,9 +197,7 @@ def is_step_of(words, step):
     now = schedules(step, cfg)
     parts = train.micro_batches(next(data.loader(cfg, source, step)), cfg, CPU)
 
-    def ask(part, temp, health):
-        return train.ask_teacher(run.teacher, run.centers, part, temp, cfg.loss, health)
-
+    ask = train.own_teacher(run)
     (log,) = train.backward([run], ask, parts, now, torch.Generator().manual_seed(0), False)
     run.update(step, now, log, SimpleNamespace(guard=lambda *_: None))
     networks = run.student, run.teacher

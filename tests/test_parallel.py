@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -46,7 +47,7 @@ from parallel import (
     whole,
     wrap,
 )
-from train import backward, build, seeded, to_device
+from train import backward, build, own_teacher, seeded, to_device
 from weights.checkpoint import Checkpoints, checkpoints
 
 CPU = torch.device("cpu")
@@ -96,7 +97,8 @@ def train(folder, changes, steps=10, save_at=None, resume=False):
         set_schedule(optimizer, now)
         micro = data.split(batch, cfg.accumulate)
         micro = [to_device(part, cfg, CPU) for part in micro]
-        log = backward(model, teacher, centers, micro, now.teacher_temp, cfg, scaler, rng, False)
+        own = SimpleNamespace(model=model, teacher=teacher, centers=centers, cfg=cfg, scaler=scaler)
+        (log,) = backward([own], own_teacher(own), micro, now, rng, False)
         finish_step(student, teacher, optimizer, cfg, now, log, run)
         if step + 1 == save_at:
             saved.save(step + 1)  # and the loop goes on
@@ -518,7 +520,7 @@ def test_precision_auto_is_bf16_where_the_processor_multiplies_it(monkeypatch, h
         (None, "attention=flash3", "attention=flash3 is unknown: use one of auto, "),
         (None, "attention=xformers", "xformers has no kernel for cpu: use attention=auto"),
         (None, "attention=varlen", "varlen has no kernel for cpu: use attention=auto"),
-        (None, "precision=fp16", "precision=fp16 needs a GPU: use precision=auto"),
+        (None, "precision=fp16", "precision=fp16 needs a CUDA device, this is cpu"),
         (None, "precision=fp16 device=auto", "precision=fp16 needs a CUDA device, this is cpu"),
         (None, "device=cuda", "device=cuda, but PyTorch sees no CUDA device: use device=cpu"),
     ],

@@ -217,7 +217,7 @@ BAD = [
     ("data.root={tmp}", "no images"),
     ("batch=1000", "30 images are fewer than batch=1000: use batch=30 or less"),
     ("out={file}/run", "cannot be written"),
-    ("precision=fp16", "precision=fp16 needs a GPU"),
+    ("precision=fp16", "precision=fp16 needs a CUDA device"),
     ("precision=fp16 device=auto", "use precision=auto"),
     ("attention=xformers", "use attention=auto"),
     ("vit.size=huge", "huge"),
