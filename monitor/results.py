@@ -10,7 +10,9 @@ All in percent.
 """
 
 import eval_knn
-from pictures.history import draw_curves, draw_pca, keep_frame
+from pictures.history import draw_curves, keep_frame
+from pictures.neighbours import before_and_after
+from weights.load import load_backbone
 
 K_REPORTED = 20  # the `knn` of log and summary; the other k are in the summary
 MOST_PIXELS = 2**31  # 8 GB of fp32 features; ImageNet at 224 px has 90 times as many
@@ -60,10 +62,11 @@ def final_report(run):
     summary |= {"images": cfg.steps * cfg.batch, "seconds": seconds, "steps": cfg.steps}
     if cfg.log.pictures:
         draw_curves(report.out)
-        draw_pca(shown, cfg, report.out / "pca.png", run.device)
+        trained = load_backbone(cfg.out).to(run.device)
+        before_and_after(trained, held_out, shown, cfg, report.out / "neighbours.png")
     report.summary(summary)
     text = f"done: {summary['images']:,} images in {seconds:.0f} s"
     if held_out:
         text += f"; k-NN {knn:.1f} %{report.to_beat()}"
-    pictures = "curves.png, crops.png, pca.png, " if cfg.log.pictures else ""
+    pictures = "curves.png, crops.png, neighbours.png, " if cfg.log.pictures else ""
     report.close(f"{text}\nsee {report.out}/: {pictures}summary.json, log.jsonl, teacher.pt")

@@ -1,7 +1,7 @@
 """How a run went: its curves, and its features again and again, as an animation.
 
-    python -m pictures curves RUN         RUN/curves.png, from RUN/log.jsonl and RUN/summary.json
-    python -m pictures animation RUN      RUN/animation.gif, from RUN/frames
+    python -m pictures curves RUN [RUN ...]    RUN/curves.png, from RUN/log.jsonl; others beside it
+    python -m pictures animation RUN           RUN/animation.gif, from RUN/frames
 
 Both work while the run is going on. train.py draws the curves at its end, and calls keep_frame() at
 each k-NN evaluation. Features are kept rather than pictures, because only at the end it is known
@@ -10,84 +10,99 @@ which colours the frames have to share, and rather than checkpoints, because tho
     RUN/frames/0000200.npz     image_0, ... (uint8) and features_0, ... (H, W, D float16)
 """
 
-import contextlib
-import json
 import math
 import os
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw
 
 import data
 from augment import colour
 from config import UserError, writing
-from eval_knn import untrained
-from monitor.report import read_log
+from monitor.report import FLOORS, read_log
 from parallel import dtype_of, ranks
-from pictures import sheets
-from pictures.patches import patch_features, pca_colours, steady_colours
-from pictures.plot import BLUE, GREEN, GREY, INK, LIGHT, ORANGE, PINK, SKY, Line, Page, panel
-from weights.load import load_backbone
+from pictures import plot, sheets
+from pictures.neighbours import spread
+from pictures.patches import patch_features, steady_colours
+from pictures.plot import Line, Page, panel
 
 # ---- curves -----------------------------------------------------------------------------------
 
 # key in the log, name in the legend, colour
 LOSSES = [
-    ("loss", "total", INK),
-    ("dino_global", "DINO global", BLUE),
-    ("dino_local", "DINO local", SKY),
-    ("ibot", "iBOT", ORANGE),
-    ("koleo", "KoLeo", GREEN),
+    ("loss", "total", plot.INK),
+    ("dino_global", "DINO global", plot.BLUE),
+    ("dino_local", "DINO local", plot.SKY),
+    ("ibot", "iBOT", plot.ORANGE),
+    ("koleo", "KoLeo", plot.GREEN),
 ]
 HEALTH = [
-    ("teacher_entropy", "teacher entropy (nats)", BLUE),
-    ("prototypes_used", "share of prototypes used", GREEN),
-    ("koleo_distance", "distance to the nearest neighbour", ORANGE),
-    ("rankme", "rank of the features (RankMe)", PINK),
+    ("teacher_entropy", "teacher entropy (nats)", plot.BLUE),
+    ("prototypes_used", "share of prototypes used", plot.GREEN),
+    ("koleo_distance", "distance to the nearest neighbour", plot.ORANGE),
+    ("rankme", "rank of the features (RankMe)", plot.PINK),
 ]
-KNN = [
-    ("knn", "DINOv2", BLUE),
-    ("knn_random", "random network", GREY),
-    ("knn_pixels", "raw pixels", ORANGE),
-]
+# What needs no training, or came before it; the names are those of the reports.
+LEVELS = dict(zip(FLOORS, (plot.PINK, plot.GREY, plot.ORANGE, plot.SKY), strict=True))
 
 
-def draw_curves(run_dir, path=None):
-    """Draw the log of a run so far; returns where."""
-    run = Path(run_dir)
-    rows = read_log(run / "log.jsonl")
-    last = max(row["step"] for row in rows)
-    health = [(name, colour, series(rows, key)) for key, name, colour in HEALTH]
-    health = [Line(*line) for line in health if line[2]]
-    losses = [Line(name, colour, series(rows, key)) for key, name, colour in LOSSES]
+def draw_curves(run, path=None, others=()):
+    """Draw the log of a run so far, and pale beside it those of others; returns where.
+
+    Each is a run folder or a .jsonl file.
+    """
+    rows, *logs = [read_log(log_of(each)) for each in (run, *others)]
+    last = max(row["step"] for log in (rows, *logs) for row in log)
+
+    def lines_of(key, name, hue):
+        lines = [
+            Line("", plot.mix(hue, plot.PAPER, 0.5), series(log, key), thin=True) for log in logs
+        ]
+        return [line for line in (*lines, Line(name, hue, series(rows, key))) if line.points]
+
+    losses = [line for each in LOSSES for line in lines_of(*each)]
+    health = [(name, lines_of(key, "", hue)) for key, name, hue in HEALTH]
+    health = [(name, lines) for name, lines in health if lines]
+    knn = lines_of("knn", f"DINOv2{latest(rows, 'knn')}", plot.BLUE)
+    for key, hue in LEVELS.items():
+        for value in list(series(rows, key).values())[-1:]:
+            name = f"{FLOORS[key]} {value:.1f} %"
+            knn.append(Line(name, hue, {0: value, last: value}, thin=True))
 
     page = Page(1200, 700 if health else 460)
+    page.text(30, 28, name_of(run), 20, anchor="lm")
     images = max(series(rows, "images").values(), default=0)
-    page.text(30, 32, run.resolve().name, 20, anchor="lm")
-    page.text(1170, 32, f"step {last:,},  {images:,} images", 13, GREY, "rm")
-    panel(page, (30, 70, 585, 430), "Losses", [line for line in losses if line.points], last)
-    lines = knn_lines(run, rows, last)
-    panel(page, (615, 70, 1170, 430), "k-NN accuracy (%)", lines, last, from_zero=True, dots=True)
-    for i, line in enumerate(health):
+    done = max(row["step"] for row in rows)
+    page.text(1170, 28, f"step {done:,},  {images:,} images", 13, plot.GREY, "rm")
+    names = [name_of(each) + latest(log, "knn") for each, log in zip(others, logs, strict=True)]
+    if names:
+        plot.legend(
+            page,
+            30,
+            52,
+            [Line("pale: " + ", ".join(names), plot.mix(plot.INK, plot.PAPER, 0.5), {}, True)],
+        )
+    panel(page, (30, 70, 585, 430), "Losses", losses, last)
+    panel(page, (615, 70, 1170, 430), "k-NN accuracy (%)", knn, last, from_zero=True)
+    for i, (name, lines) in enumerate(health):
         left = 30 + i * 292.5
-        panel(page, (left, 470, left + 262.5, 670), line.name, [line], last, small=True)
-    return sheets.write(page.finished(), path or run / "curves.png")
+        panel(page, (left, 470, left + 262.5, 670), name, lines, last)
+    return sheets.write(page.finished(), path or Path(run, "curves.png"))
 
 
-def knn_lines(run, rows, last):
-    """k-NN over time, and as levels what needs no training: a random network, raw pixels."""
-    summary = {}
-    with contextlib.suppress(OSError, ValueError):  # only a finished run has a summary
-        summary |= json.loads((run / "summary.json").read_text(encoding="utf-8"))
-    lines = []
-    for key, name, hue in KNN:
-        points = series(rows, key) or series([summary | {"step": last}], key)
-        if points:
-            now = list(points.values())[-1]
-            lines.append(Line(f"{name} {now:.1f} %", hue, points, dashed=key != "knn"))
-    return lines
+def log_of(run):
+    return Path(run) if Path(run).is_file() else Path(run, "log.jsonl")
+
+
+def name_of(run):
+    return Path(run).resolve().name.removesuffix(".jsonl")
+
+
+def latest(rows, key):
+    """` 84.0 %`, the last value of a log, or nothing."""
+    return "".join(f" {value:.1f} %" for value in list(series(rows, key).values())[-1:])
 
 
 def series(rows, key):
@@ -99,14 +114,6 @@ def series(rows, key):
 # ---- frames -----------------------------------------------------------------------------------
 
 
-def spread_images(source, count):
-    """A few images from all over a source."""
-    count = min(count, len(source))
-    # One further each time: labels that take turns are all met.
-    places = [(i * len(source) // count + i) % len(source) for i in range(count)]
-    return [data.read_or_next(source, place)[0] for place in places]
-
-
 def keep_frame(step, backbone, source, cfg):
     """Write RUN/frames/<step>.npz: patch features of a few images at this step.
 
@@ -114,13 +121,16 @@ def keep_frame(step, backbone, source, cfg):
     """
     if not cfg.log.pictures:
         return
-    images = spread_images(source, 4)
+    images = [source.read(i) for i in spread(source, 4)]
     mean, std, dtype = cfg.data.mean, cfg.data.std, dtype_of(cfg)
     features = [patch_features(backbone, i, mean, std, dtype=dtype) for i in images]
     if ranks()[0]:
         return
     arrays = {f"features_{i}": f.half().numpy() for i, f in enumerate(features)}
-    arrays |= {f"image_{i}": np.asarray(sheets.thumbnail(x)) for i, x in enumerate(images)}
+    arrays |= {
+        f"image_{i}": np.asarray(sheets.fit(sheets.picture(x), min(320, max(x.shape[:2]))))
+        for i, x in enumerate(images)
+    }
     folder = Path(cfg.out, "frames")
     with writing(folder, "set log.pictures=false to do without"):
         folder.mkdir(parents=True, exist_ok=True)
@@ -151,7 +161,7 @@ def animate(run, path, milliseconds=500, side=160):
     steps = [int(file.stem) for file in files]
     knn = series(read_log(Path(run, "log.jsonl")), "knn")
     pictures = [
-        page_of(images, colours, step, steps[-1], knn.get(step), side)
+        frame(images, colours, step, steps[-1], knn.get(step), side)
         for step, colours in zip(steps, steady_colours(frames), strict=True)
     ]
     first, *rest = [p.quantize(dither=Image.Dither.NONE) for p in pictures]
@@ -160,18 +170,13 @@ def animate(run, path, milliseconds=500, side=160):
     return sheets.write(first, path, **more)
 
 
-def page_of(images, colours, step, last, knn, side, gap=8):
-    """One frame: the images over their colours, how far the run is, and how good."""
-    page = Page(gap + len(images) * (side + gap), 2 * (side + gap) + 52)
-    words = f"step {step:,}" + (f"   k-NN {knn:.1f} %" if knn is not None else "")
-    page.text(gap, 20, words, 16, INK, "lm")
-    right = page.size[0] - gap
-    page.line([(gap, 40), (right, 40)], LIGHT, 4)
-    page.line([(gap, 40), (gap + (right - gap) * step / last, 40)], BLUE, 4)
-    sheet = page.finished()
-    for i, pair in enumerate(zip(images, colours, strict=True)):
-        for row, pixels in enumerate(pair):
-            sheets.paste(sheet, pixels, gap + i * (side + gap), 52 + row * (side + gap), side)
+def frame(images, colours, step, last, knn, side):
+    """The images over their colours, how far the run is, and how good."""
+    words = f"step {step:,}" + (f",  k-NN {knn:.1f} %" if knn is not None else "")
+    sheet = sheets.bands([([words], images, None), ([], colours, None)], side)
+    draw, end = ImageDraw.Draw(sheet), sheet.width - 6
+    draw.line([(6, 3), (end, 3)], plot.LIGHT, 4)
+    draw.line([(6, 3), (6 + (end - 6) * step / last, 3)], plot.BLUE, 4)
     return sheet
 
 
@@ -190,15 +195,3 @@ def draw_crops(source, cfg, path):
     masks = batch.masks.unflatten(0, (2, count))
     rows = [[x[:, i] for i in range(count)] for x in (large, small, masks)]
     sheets.crop_sheet(images, *rows, mean, std, path)
-
-
-def draw_pca(source, cfg, path, device):
-    """PCA colours of images spread over a source, by the network before and after training."""
-    trained = load_backbone(cfg.out).to(device)
-    networks = {"untrained network": untrained(trained, cfg.seed), "trained": trained}
-    images = spread_images(source, 8)
-    rows = [("images", images, None)]
-    for name, net in networks.items():
-        features = [patch_features(net, i, cfg.data.mean, cfg.data.std) for i in images]
-        rows.append((f"PCA of patch features, {name}", pca_colours(features), None))
-    sheets.bands(rows, path)

@@ -12,8 +12,6 @@ Shapes:  H W rows and columns of a feature map   D channels of a feature   K pai
 Points are (x, y) in pixels from the upper left corner of the image; sizes are (width, height).
 """
 
-import csv
-import io
 import json
 from pathlib import Path
 
@@ -93,6 +91,15 @@ def fuse(first, second, weight):
     return torch.cat(((1 - weight) * first, weight * second), dim=2)
 
 
+def best_of_regions(pairs, grid, regions=6):
+    """Of the pairs, best first, one for each of regions x regions parts of the first image."""
+    chosen = {}
+    for i, j in pairs.tolist():
+        row, column = divmod(i, grid[1])
+        chosen.setdefault((row * regions // grid[0], column * regions // grid[1]), (i, j))
+    return torch.tensor(list(chosen.values()), dtype=torch.long).reshape(-1, 2)
+
+
 # ---- files --------------------------------------------------------------------------------------
 
 
@@ -101,66 +108,43 @@ def read_features(path, grids):
     try:
         with np.load(path, allow_pickle=False) as file:
             pair = [torch.tensor(file[name], dtype=torch.float32) for name in ("a", "b")]
-    # Of a file that is something else numpy raises anything, from BadZipFile to TypeError.
-    except Exception as error:
-        reason = error.strerror if isinstance(error, OSError) else error
+        found = [(*features.shape,) for features in pair]
+        wanted = [(*grid, pair[0].shape[-1]) for grid in grids]
+        if found != wanted:
+            raise ValueError(f"a and b are {found}, but must be {wanted} for this network")
+    except Exception as error:  # of a file that is something else numpy raises anything
+        reason = getattr(error, "strerror", None) or error
         raise UserError(
-            f"extra={path}: cannot be read ({reason}); "
-            "write it with np.savez(path, a=..., b=...), each (rows, columns, channels)"
+            f"extra={path}: {reason}; write it with np.savez(path, a=..., b=...), each "
+            "(rows, columns, channels), or with save="
         ) from None
-    for name, features, grid in zip("ab", pair, grids, strict=True):
-        if features.dim() != 3 or features.shape[:2] != tuple(grid):
-            raise UserError(
-                f"extra={path}: {name} is {tuple(features.shape)}, but this network has "
-                f"{grid[0]} x {grid[1]} patches there: resize it to ({grid[0]}, {grid[1]}, "
-                "channels), or change size= and shifts="
-            )
-    if pair[0].shape[2] != pair[1].shape[2]:
-        raise UserError(f"extra={path}: a and b differ in channels; they must be of one network")
     return pair
 
 
 def read_points(path, sizes):
     """Keypoints of a file: points of a (K, 2), of b (K, 2) or None, box of b or None.
 
-    .json  {"a": [[x, y], ...], "b": [[x, y], ...], "box_b": [left, top, right, bottom]}
-    .csv   columns x_a, y_a and x_b, y_b
+    {"a": [[x, y], ...], "b": [[x, y], ...], "box_b": [left, top, right, bottom]}
     b, with which PCK is measured, and box_b may be left out. sizes are those of the two images.
     """
     try:
-        text = Path(path).read_text(encoding="utf-8")
-        given = json.loads(text) if str(path).lower().endswith(".json") else from_csv(text)
+        given = json.loads(Path(path).read_text(encoding="utf-8"))
         a, b, box = (
             None if given.get(key) is None else torch.tensor(given[key], dtype=torch.float64)
             for key in ("a", "b", "box_b")
         )
-        good = (
-            a is not None and len(a) and a.shape[1:] == (2,) and (b is None or b.shape == a.shape)
-        )
-        problem = "" if good else "a and b must be equally many pairs [x, y]"
+        if a is None or a.shape[1:] != (2,) or (b is not None and b.shape != a.shape):
+            raise ValueError("a and b must be equally many pairs [x, y]")
         if box is not None and (box.shape != (4,) or (box[2:] <= box[:2]).any()):
-            problem = "box_b must be [left, top, right, bottom]"
-    except OSError as error:
-        problem = error.strerror
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        problem = " ".join(str(error).split())
-    if problem:
+            raise ValueError("box_b must be [left, top, right, bottom]")
+        for name, points, size in zip("ab", (a, b), sizes, strict=True):
+            for x, y in points.tolist() if points is not None else []:
+                if not (0 <= x <= size[0] and 0 <= y <= size[1]):
+                    raise ValueError(f"({x:g}, {y:g}) of {name} lies outside its image of {size}")
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        reason = " ".join(str(getattr(error, "strerror", None) or error).split())
         raise UserError(
-            f"points={path}: {problem}; "
-            'write {"a": [[x, y], ...], "b": [[x, y], ...]}, or a csv with x_a, y_a, x_b, y_b'
-        )
-    for name, points, size in zip("ab", (a, b), sizes, strict=True):
-        for i, (x, y) in enumerate(points.tolist() if points is not None else []):
-            if not (0 <= x <= size[0] and 0 <= y <= size[1]):
-                raise UserError(
-                    f"points={path}: point {i} of {name}, ({x:g}, {y:g}), lies outside its image "
-                    f"of {size[0]} x {size[1]} pixels; points are x, y from the upper left corner"
-                )
+            f'points={path}: {reason}; write {{"a": [[x, y], ...], "b": [[x, y], ...]}}, in pixels '
+            "from the upper left corners"
+        ) from None
     return a, b, box
-
-
-def from_csv(text):
-    """Rows with x_a, y_a and maybe x_b, y_b as {"a": [[x, y], ...], "b": ...}."""
-    rows = list(csv.DictReader(io.StringIO(text), skipinitialspace=True))
-    names = [n for n in "ab" if rows and f"x_{n}" in rows[0]]
-    return {n: [[float(row[f"x_{n}"]), float(row[f"y_{n}"])] for row in rows] for n in names}

@@ -24,7 +24,7 @@ from data import normalised, resize
 
 SHORT_SIDE = 32  # patches: what a larger picture is reduced to, unless a size is asked for
 FINE = 24  # rows and columns that a map has at least, if need be by shifts
-WINDOW = 64  # patches a side that are read in one pass, unless a window is asked for
+WINDOW = 64  # patches a side that are read in one pass
 
 
 # ---- reading an image ---------------------------------------------------------------------------
@@ -66,14 +66,11 @@ def enough_shifts(pixels, patch):
 
 
 @torch.no_grad()
-def patch_features(
-    net, image, mean, std, size=0, shifts=0, window=0, layer=None, dtype=torch.float32
-):
+def patch_features(net, image, mean, std, size=0, shifts=0, layer=None, dtype=torch.float32):
     """uint8 image of any size -> its patch features (H, W, D), fp32, on the CPU.
 
     size    pixels of the shorter side as the network gets it; 0: see to_pixels
     shifts  S; 0: as many as the map needs for FINE rows and columns
-    window  pixels a side that are read in one pass; 0: WINDOW patches
     layer   the block whose output it is, under the final norm; None: the last
     dtype   of the images, and so of what is computed
     """
@@ -81,11 +78,10 @@ def patch_features(
     shifts = shifts or enough_shifts(pixels, net.patch)
     views = shifted(pixels, net.patch, shifts).to(dtype)
     rows, columns = (n // net.patch for n in pixels.shape[2:])
-    side = max(1, window // net.patch) if window else WINDOW
     total, count = torch.zeros(len(views), rows, columns, net.dim), torch.zeros(rows, columns, 1)
-    for top in starts(rows, side):
-        for left in starts(columns, side):
-            y, x = slice(top, min(top + side, rows)), slice(left, min(left + side, columns))
+    for top in starts(rows, WINDOW):
+        for left in starts(columns, WINDOW):
+            y, x = slice(top, min(top + WINDOW, rows)), slice(left, min(left + WINDOW, columns))
             y_px, x_px = (slice(s.start * net.patch, s.stop * net.patch) for s in (y, x))
             parts = views[:, :, y_px, x_px].split(16)  # many shifts at once would need much memory
             tokens = torch.cat([patch_tokens(net, part, layer).float().cpu() for part in parts])

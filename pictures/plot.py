@@ -4,28 +4,24 @@ Everything is drawn at three times its size and reduced at the end, which gives 
 a plotting library. Coordinates are pixels of the finished page, from its upper left corner.
 """
 
-import functools
 import math
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
+
+from pictures.letters import lettering, text_width
 
 # The colours of Okabe and Ito (2008): readers with any kind of colour vision can tell them apart.
 BLUE, SKY, GREEN, ORANGE, PINK = "#0072B2", "#56B4E9", "#009E73", "#E69F00", "#CC79A7"
 INK, GREY, LIGHT, PAPER = "#222222", "#6E6E6E", "#E6E6E6", "#FFFFFF"
 
 
-@functools.cache
-def font(size):
-    return ImageFont.load_default(size=size)
-
-
 class Line(NamedTuple):
-    name: str
+    name: str  # in the legend; "" for none
     colour: str
     points: dict  # {step: value}, ascending
-    dashed: bool = False  # a level, the same at every step
+    thin: bool = False  # for comparison: a level, or another run
 
 
 class Page:
@@ -42,10 +38,6 @@ class Page:
         points = [(x * self.zoom, y * self.zoom) for x, y in points]
         self.draw.line(points, colour, round(width * self.zoom), joint="curve")
 
-    def dashes(self, x0, x1, y, colour, width=2):
-        for x in np.arange(x0, x1, 9):
-            self.line([(x, y), (min(x + 5, x1), y)], colour, width)
-
     def dot(self, x, y, colour):
         self.disc(x, y, 4.4, PAPER)
         self.disc(x, y, 3.2, colour)
@@ -55,33 +47,28 @@ class Page:
         self.draw.ellipse([(a * self.zoom, b * self.zoom) for a, b in corners], colour)
 
     def text(self, x, y, words, size=12, colour=INK, anchor="la"):
-        at = (x * self.zoom, y * self.zoom)
-        self.draw.text(at, words, colour, font(size * self.zoom), anchor)
-
-    def text_width(self, words, size):
-        return font(size * self.zoom).getlength(words) / self.zoom
+        words, font = lettering(words, size * self.zoom)
+        self.draw.text((x * self.zoom, y * self.zoom), words, colour, font, anchor)
 
     def finished(self):
         return self.large.resize(self.size, Image.Resampling.LANCZOS)
 
 
-def panel(page, box, title, lines, last, from_zero=False, dots=False, small=False):
+def panel(page, box, title, lines, last, from_zero=False):
     """Title, legend, axes and lines inside box = (left, top, right, bottom).
 
     last       the step at which the horizontal axis ends
     from_zero  the vertical axis begins at 0
-    dots       mark every value (few values); otherwise many values get a trend over pale noise
-    small      no legend, smaller title, fewer ticks
     """
     left, top, right, bottom = box
-    page.text(left, top, title, 12 if small else 15)
-    if not small:
-        legend(page, left, top + 32, lines)
-    left, top, bottom = left + 42, top + (28 if small else 56), bottom - 24
-    if not lines:
+    named = any(line.name for line in lines)
+    page.text(left, top, title, 15 if named else 12)
+    legend(page, left, top + 32, lines)
+    left, top, bottom = left + 42, top + (56 if named else 28), bottom - 24
+    values = [value for line in lines for value in line.points.values()]
+    if not values:
         page.text((left + right) / 2, (top + bottom) / 2, "no values yet", 13, GREY, "mm")
         return
-    values = [value for line in lines for value in line.points.values()]
     low, high = min(values), max(values)
     room = 0.06 * (high - low) or 0.1 * abs(high) or 0.1
     low, high = 0 if from_zero else low - room, high + room
@@ -91,42 +78,39 @@ def panel(page, box, title, lines, last, from_zero=False, dots=False, small=Fals
         height = (value - low) / (high - low)
         return left + step / last * (right - left), bottom - height * (bottom - top)
 
-    for value, words in ticks(low, high, 4 if small else 6):
+    for value, words in ticks(low, high, (bottom - top) / 45):
         _, y = at(0, value)
         page.line([(left, y), (right, y)], LIGHT)
         page.text(left - 8, y, words, 11, GREY, "rm")
     page.line([(left, bottom), (right, bottom)], GREY)
     page.text(left - 8, bottom + 7, "step", 11, GREY, "ra")
-    for step, words in ticks(0, last, 3 if small else 6, least=1):
+    for step, words in ticks(0, last, (right - left) / 80, least=1):
         x, _ = at(step, 0)
         page.line([(x, bottom), (x, bottom + 4)], GREY)
         page.text(x, bottom + 7, words, 11, GREY, "ma")
     for line in lines:
-        draw_line(page, line, at, dots, left, right)
+        draw_line(page, line, at)
 
 
-def draw_line(page, line, at, dots, left, right):
+def draw_line(page, line, at):
+    """Few values as dots; many as a trend, over their pale noise."""
     points = [at(step, value) for step, value in line.points.items()]
-    if line.dashed:
-        page.dashes(left, right, points[0][1], line.colour)
-        return
-    if len(points) > 40 and not dots:
-        page.line(points, mix(line.colour, PAPER, 0.7))
-        values = trend(list(line.points.values()), len(points) / 60)
+    count = len(points)
+    if count > 40:
+        if not line.thin:
+            page.line(points, mix(line.colour, PAPER, 0.7))
+        values = trend(list(line.points.values()), count / 60)
         points = [at(step, value) for step, value in zip(line.points, values, strict=True)]
-    page.line(points, line.colour, 2)
-    for x, y in points if dots or len(points) == 1 else []:
+    page.line(points, line.colour, 1.2 if line.thin else 2)
+    for x, y in points if count == 1 or (count <= 20 and not line.thin) else []:
         page.dot(x, y, line.colour)
 
 
 def legend(page, x, y, lines):
-    for line in lines:
-        if line.dashed:
-            page.dashes(x, x + 18, y, line.colour)
-        else:
-            page.line([(x, y), (x + 18, y)], line.colour, 3)
+    for line in [line for line in lines if line.name]:
+        page.line([(x, y), (x + 18, y)], line.colour, 1.2 if line.thin else 3)
         page.text(x + 24, y, line.name, 12, INK, "lm")
-        x += 24 + page.text_width(line.name, 12) + 20
+        x += 44 + text_width(line.name, 12)
 
 
 def ticks(low, high, count, least=0.0):
@@ -147,13 +131,9 @@ def ticks(low, high, count, least=0.0):
 
 def trend(values, width):
     """Gaussian average over about `width` values to either side; it does not lag behind."""
-    reach = math.ceil(3 * width)
+    reach = min(math.ceil(3 * width), (len(values) - 1) // 2)
     kernel = np.exp(-0.5 * (np.arange(-reach, reach + 1) / width) ** 2)
-    # "full" minus the ends, because "same" would return the kernel's length when that is longer.
-    total, weight = (
-        np.convolve(row, kernel)[reach : reach + len(values)]
-        for row in (values, np.ones(len(values)))
-    )
+    total, weight = (np.convolve(row, kernel, "same") for row in (values, np.ones(len(values))))
     return total / weight
 
 

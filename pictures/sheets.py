@@ -1,7 +1,7 @@
 """Sheets of pictures with captions, drawn with Pillow alone.
 
+  bands       rows of pictures one below the other, each row under its titles
   crop_sheet  each image, its crops as the network gets them, and the patches that are hidden
-  bands       rows of pictures one below the other, each row under its title
   Pair        a page of two images side by side, with lines and points from one to the other
   overlay     a map over its image;  heat: numbers as colours
 Arrays are uint8 (H, W, C); a picture of another number of channels than three shows the first
@@ -13,10 +13,73 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageOps
 
 from config import UserError
-from pictures.plot import BLUE, GREEN, GREY, INK, ORANGE, PAPER, Page, font
+from pictures.letters import lettering, text_width
+from pictures.plot import BLUE, GREEN, GREY, INK, ORANGE, PAPER, Page
+
+
+def bands(rows, side=160, per_row=8):
+    """Bands of pictures one below the other, each under its titles, as a Pillow image.
+
+    rows     [(titles, pictures, words)], as many pictures in each. A title stands above its
+             picture and may be long; words stand below theirs, or None.
+             A picture is uint8 (H, W, C), or None for an empty place
+    side     the longer one of each picture
+    per_row  more pictures than this begin a further set of bands
+    """
+    gap, head, foot = 6, 28, 20
+    count = len(rows[0][1])
+    # An empty place in the first row is a narrow one in all.
+    wide = [gap + (2 * gap if image is None else side) for image in rows[0][1][:per_row]]
+    left = [gap + sum(wide[:i]) for i in range(len(wide) + 1)]
+    ends = [left[i] + text_width(words, 13) for row in rows for i, words in enumerate(row[0])]
+    width = math.ceil(max(left[-1], *(end + gap for end in ends), 0))
+    parts = []
+    for start in range(0, count, per_row):
+        for titles, pictures, words in rows:
+            shown = [p if p is None else fit(picture(p), side) for p in pictures[start:][:per_row]]
+            height = max(image.height for image in shown if image)
+            above, below = head if titles else gap, foot if words else 0
+            band = Image.new("RGB", (width, above + height + below), PAPER)
+            for x, title in zip(left, titles, strict=False):
+                caption(band, x, head, title)
+            for i, image in enumerate(shown):
+                if image:
+                    band.paste(image, (left[i], above + (height - image.height) // 2))
+                if words:
+                    below_it = shortened(words[start + i], side)
+                    caption(band, left[i], foot, below_it, above + height)
+            parts.append(band)
+    sheet = Image.new("RGB", (width, sum(band.height for band in parts) + gap), PAPER)
+    for i, band in enumerate(parts):
+        sheet.paste(band, (0, sum(above.height for above in parts[:i])))
+    return sheet
+
+
+def caption(sheet, x, height, words, top=0):
+    """Small grey words in a strip of this height, by default at the top of the sheet."""
+    words, font = lettering(words, 13)
+    ImageDraw.Draw(sheet).text((x, top + height / 2), words, GREY, font, "lm")
+
+
+def shortened(words, width):
+    """As many of the words as fit into so many pixels."""
+    short = words
+    while text_width(short, 13) > width:
+        words = words[:-1]
+        short = words + "…"
+    return short
+
+
+def write(image, path, **options):
+    """Save a picture; returns where it is."""
+    try:
+        image.save(path, **options)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be written ({error}); choose another place") from None
+    return Path(path)
 
 
 def crop_sheet(images, global_crops, local_crops, masks, mean, std, path):
@@ -28,33 +91,17 @@ def crop_sheet(images, global_crops, local_crops, masks, mean, std, path):
     masks         per image, per global crop: its square grid of patches as one row of bool (N,),
                   True = hidden from the student
     """
-    side, gap, head, row = 160, 6, 32, 160 + 14
-    half = (side - gap) // 2  # local crops lie in two rows, at half the size
-    n_global, n_local = len(global_crops[0]), len(local_crops[0])
-    columns = (n_local + 1) // 2
-    globals_at = 2 * gap + side
-    locals_at = globals_at + n_global * (side + gap) + (2 * gap if columns else 0)
-    size = (locals_at + columns * (half + gap), head + len(images) * row)
-    sheet = Image.new("RGB", size, PAPER)
-    caption(sheet, gap, head, "image")
-    caption(sheet, globals_at, head, "global crops, hidden patches striped")
-    caption(sheet, locals_at, head, "local crops" if columns else "")
-    for i, image in enumerate(images):
-        y = head + i * row
-        paste(sheet, image, gap, y, side)
-        for j, (crop, mask_N) in enumerate(zip(global_crops[i], masks[i], strict=True)):
-            grid = mask_N.numpy().reshape(math.isqrt(len(mask_N)), -1)
-            pixels = hide(enlarge(denormalise(crop, mean, std), side), grid)
-            paste(sheet, pixels, globals_at + j * (side + gap), y, side)
-        for j, crop in enumerate(local_crops[i]):
-            x, below = locals_at + j % columns * (half + gap), j // columns * (half + gap)
-            paste(sheet, denormalise(crop, mean, std), x, y + below, half)
-    return write(sheet, path)
-
-
-def caption(sheet, x, height, words, top=0):
-    """Small grey words in a strip of this height, by default at the top of the sheet."""
-    ImageDraw.Draw(sheet).text((x, top + height / 2), words, GREY, font(13), "lm")
+    titles = ["image", "", "global crops, hidden patches striped", *[""] * len(masks[0])]
+    titles += ["local crops"] if len(local_crops[0]) else []
+    side, rows = min(160, 1200 // (1 + len(masks[0]) + len(local_crops[0]))), []
+    for image, large, small, grids in zip(images, global_crops, local_crops, masks, strict=True):
+        row = [image, None]
+        for crop, mask_N in zip(large, grids, strict=True):
+            pixels = np.asarray(fit(picture(denormalise(crop, mean, std)), side))
+            row.append(hide(pixels, mask_N.numpy().reshape(math.isqrt(len(mask_N)), -1)))
+        row += [None] + [denormalise(crop, mean, std) for crop in small]
+        rows.append(([] if rows else titles, row, None))
+    return write(bands(rows, side, per_row=len(row)), path)
 
 
 def denormalise(crop, mean, std):
@@ -62,11 +109,6 @@ def denormalise(crop, mean, std):
     mean, std = (torch.as_tensor(v, dtype=torch.float32)[:, None, None] for v in (mean, std))
     pixels = (crop.detach().float().cpu() * std + mean) * 255
     return pixels.round().clamp(0, 255).byte().permute(1, 2, 0).numpy()
-
-
-def enlarge(pixels, side):
-    """uint8 (H, W, C) to (side, side, 3): small pictures by repeating pixels, none are invented."""
-    return np.asarray(fit(picture(pixels), side))
 
 
 def hide(pixels, grid):
@@ -99,60 +141,15 @@ def fit(image, side):
     return image.resize([max(1, round(n * factor)) for n in image.size], method)
 
 
-def thumbnail(pixels, side=320):
-    """A large picture made smaller to fit into a square; a small one as it is."""
-    image = picture(pixels)
-    return fit(image, side) if max(image.size) > side else image
+def framed(pixels, side, colour, width=4):
+    """An image in a frame, which together are as large as fits into `side`."""
+    return np.asarray(ImageOps.expand(fit(picture(pixels), side - 2 * width), width, colour))
 
 
 def paste(sheet, pixels, x, y, side):
     """Put uint8 (H, W, C) into the middle of a square of the sheet."""
     image = fit(picture(pixels), side)
     sheet.paste(image, (x + (side - image.width) // 2, y + (side - image.height) // 2))
-
-
-def bands(rows, path, side=160, per_row=8):
-    """Bands of pictures one below the other, each under its title.
-
-    rows     [(title, pictures, words)], as many pictures in each; words stand below them, or None.
-             A picture is uint8 (H, W, C), or None for an empty place
-    side     the longer one of each picture
-    per_row  more pictures than this begin a further set of bands
-    """
-    gap, head, foot = 6, 28, 20
-    count = len(rows[0][1])
-    # An empty place in the first row is a narrow one in all.
-    wide = [gap + (2 * gap if image is None else side) for image in rows[0][1][:per_row]]
-    left = [gap + sum(wide[:i]) for i in range(len(wide) + 1)]
-    width = max([left[-1]] + [math.ceil(2 * gap + font(13).getlength(row[0])) for row in rows])
-    parts = []
-    for start in range(0, count, per_row):
-        for title, pictures, words in rows:
-            shown = [p if p is None else fit(picture(p), side) for p in pictures[start:][:per_row]]
-            height = max(image.height for image in shown if image)
-            above, below = head if title else gap, foot if words else 0
-            band = Image.new("RGB", (width, above + height + below), PAPER)
-            caption(band, gap, head, title)
-            for i, image in enumerate(shown):
-                x = left[i]
-                if image:
-                    band.paste(image, (x, above + (height - image.height) // 2))
-                if words:
-                    caption(band, x, foot, shortened(words[start + i], side), above + height)
-            parts.append(band)
-    sheet = Image.new("RGB", (width, sum(band.height for band in parts) + gap), PAPER)
-    for i, band in enumerate(parts):
-        sheet.paste(band, (0, sum(above.height for above in parts[:i])))
-    return write(sheet, path)
-
-
-def shortened(words, width):
-    """As many of the words as fit into so many pixels."""
-    if font(13).getlength(words) <= width:
-        return words
-    while words and font(13).getlength(words + "…") > width:
-        words = words[:-1]
-    return words + "…"
 
 
 # Inferno (Smith and van der Walt 2015): as bright as it is high, for any kind of colour vision.
@@ -205,31 +202,29 @@ class Pair:
     def __init__(self, images, count):
         proportions = [image.shape[1] / image.shape[0] for image in images]
         self.height = min(420, round((self.width - 3 * self.gap) / sum(proportions)))
-        widths = [max(1, round(p * self.height)) for p in proportions]
-        room = (self.width - self.gap - sum(widths)) // 2  # to the left and right of both
-        self.lefts = room, room + widths[0] + self.gap
-        self.sizes = [(width, self.height) for width in widths]
-        self.scales = [w / image.shape[1] for w, image in zip(widths, images, strict=True)]
+        self.widths = [max(1, round(p * self.height)) for p in proportions]
+        left = (self.width - self.gap - sum(self.widths)) // 2
+        self.lefts = left, left + self.widths[0] + self.gap
+        self.sizes = [image.shape[1::-1] for image in images]
         self.page = Page(self.width, count * (self.head + self.height) + self.gap)
         self.top = -self.height
 
-    def title(self, words):
-        self.page.text(self.lefts[0], self.top + self.height + self.head / 2, words, 14, GREY, "lm")
-
-    def show(self, *pictures):
+    def band(self, title, pictures):
         """Begin the next band with two pictures, of any resolution."""
         self.top += self.head + self.height
-        zoom = self.page.zoom
-        for pixels, left, size in zip(pictures, self.lefts, self.sizes, strict=True):
+        self.page.text(self.lefts[0], self.top - self.head / 2, title, 14, GREY, "lm")
+        for pixels, left, width in zip(pictures, self.lefts, self.widths, strict=True):
             # Small pictures keep their pixels visible, as everywhere here.
-            method = Image.Resampling.NEAREST if pixels.shape[1] < size[0] else Image.Resampling.BOX
-            image = picture(pixels).resize([n * zoom for n in size], method)
-            self.page.large.paste(image, (left * zoom, self.top * zoom))
+            method = Image.Resampling.NEAREST if pixels.shape[1] < width else Image.Resampling.BOX
+            left, top, width, height = (
+                n * self.page.zoom for n in (left, self.top, width, self.height)
+            )
+            self.page.large.paste(picture(pixels).resize((width, height), method), (left, top))
 
     def at(self, side, point):
         """A pixel of the left (0) or right (1) image on the page."""
-        x, y = (float(n) * self.scales[side] for n in point)
-        return self.lefts[side] + x, self.top + y
+        scale = self.widths[side] / self.sizes[side][0]
+        return self.lefts[side] + float(point[0]) * scale, self.top + float(point[1]) * scale
 
     def connect(self, a, b, colour):
         ends = [self.at(0, a), self.at(1, b)]
@@ -241,26 +236,13 @@ class Pair:
     def keypoints(self, points, found, truth):
         """Numbered points left, where they were found right, and how far that is from the truth."""
         for i, (a, b) in enumerate(zip(points.tolist(), found.tolist(), strict=True)):
-            colour = (BLUE, ORANGE, GREEN)[i % 3]
             if truth is not None:
                 x, y = self.at(1, truth[i])
                 self.page.line([(x, y), self.at(1, b)], PAPER, 2)
-                for colour_of, wide in ((PAPER, 4), (INK, 2)):
+                for colour, wide in ((PAPER, 4), (INK, 2)):
                     for dy in (-5, 5):
-                        self.page.line([(x - 5, y - dy), (x + 5, y + dy)], colour_of, wide)
+                        self.page.line([(x - 5, y - dy), (x + 5, y + dy)], colour, wide)
             for x, y in (self.at(0, a), self.at(1, b)):
                 self.page.disc(x, y, 10, PAPER)
-                self.page.disc(x, y, 8.6, colour)
+                self.page.disc(x, y, 8.6, (BLUE, ORANGE, GREEN)[i % 3])
                 self.page.text(x, y, str(i), 11, PAPER, "mm")
-
-    def finished(self):
-        return self.page.finished()
-
-
-def write(image, path, **options):
-    """Save a picture; returns where it is."""
-    try:
-        image.save(path, **options)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be written ({error}); choose another place") from None
-    return Path(path)

@@ -145,13 +145,13 @@ def draw(runs, path, steps):
     for i, (name, death) in enumerate(list(DEATHS.items())[1:]):
         for j, sign in enumerate(SIGNS):
             lines = [
-                plot.Line("healthy", "#BBBBBB", series(logs["healthy"], sign)),
-                plot.Line(death.title, plot.ORANGE, series(logs[name], sign)),
+                plot.Line("", "#BBBBBB", series(logs["healthy"], sign)),
+                plot.Line("", plot.ORANGE, series(logs[name], sign)),
             ]
             left, top = 20 + j * width, 50 + i * height
             box = (left, top, left + width - 20, top + height - 10)
             heading = f"{death.title}: {sign}" if j == 0 else sign
-            plot.panel(page, box, heading, lines, steps, from_zero=True, small=True)
+            plot.panel(page, box, heading, lines, steps, from_zero=True)
     page.finished().save(path)
 
 

@@ -202,10 +202,10 @@ def schedule_curves():
         steps = sorted({*range(0, last + 1, last // 100), 1249})
         points = [(step, getattr(schedules(step, cfg), key)) for step in steps]
         # In pieces, because panel() smooths long lines, and these have corners.
-        lines = [Line(title, VIEWS[i], dict(points[n : n + 40])) for n in range(0, len(points), 39)]
+        lines = [Line("", VIEWS[i], dict(points[n : n + 40])) for n in range(0, len(points), 39)]
         row, column = divmod(i, 3)
         left, top = 20 + column * 295, 20 + row * 225
-        panel(page, (left, top, left + 270, top + 200), title, lines, last, small=True)
+        panel(page, (left, top, left + 270, top + 200), title, lines, last)
     page.text(615, 300, "configs/vitl16.yaml, 125,000 steps", 13, GREY)
     save(page, "07-schedules")
 

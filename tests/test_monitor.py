@@ -72,7 +72,7 @@ def test_the_summary_holds_what_the_run_has_reached(whole):
     assert summary["images"] == 96 and summary["seconds"] > 0 and summary["skipped_images"] == 0
 
 
-@pytest.mark.parametrize("name", ["curves.png", "crops.png", "pca.png"])
+@pytest.mark.parametrize("name", ["curves.png", "crops.png", "neighbours.png"])
 def test_the_pictures_are_there(whole, name):
     assert min(Image.open(whole[0] / name).size) > 100
 
@@ -164,7 +164,7 @@ def test_a_folder_without_labels_needs_no_knn(tmp_path, photos):
     assert done.code == 0, done.err
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["knn"] is None and summary["images"] == 8
-    assert (tmp_path / "run" / "pca.png").exists()
+    assert (tmp_path / "run" / "neighbours.png").exists()
 
 
 def test_a_grey_folder_works_and_says_that_colours_stay(tmp_path):

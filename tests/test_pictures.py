@@ -14,10 +14,11 @@ from PIL import Image
 from running import ROOT, make_photos, run, tiny
 
 from config import Config, to_dict
+from images.sources import Arrays, open_source
 from pictures import __main__ as visualize
-from pictures import sheets
+from pictures import neighbours, sheets
 from pictures.patches import patch_features
-from pictures.plot import BLUE
+from pictures.plot import BLUE, GREEN
 from vit import VisionTransformer
 
 
@@ -50,7 +51,9 @@ def place(tmp_path_factory):
     (folder / "damaged.jpg").write_bytes((folder / "a.jpg").read_bytes()[:2000])
     (folder / "near.json").write_text('{"a": [[10, 10], [80, 60]], "b": [[10, 10], [20, 200]]}')
     (folder / "points.json").write_text('{"a": [[10, 10], [80, 60]], "b": [[10, 10], [20, 30]]}')
-    (folder / "left.csv").write_text("x_a,y_a\n10,10\n80,60\n")
+    (folder / "left.json").write_text('{"a": [[10, 10], [80, 60]]}')
+    np.save(folder / "bright.npy", np.linspace(0, 255, 3072, dtype=np.float32).reshape(32, 32, 3))
+    np.save(folder / "nan.npy", np.full((32, 32, 3), np.nan, np.float32))
     np.savez(folder / "other.npz", a=np.ones((3, 3, 4)), b=np.ones((3, 3, 4)))
     return folder
 
@@ -68,8 +71,8 @@ def draw(place, monkeypatch, capsys):
 
 
 def test_pca_draws_images_and_colours_in_their_proportions(draw):
-    assert draw("pca", "run", "a.jpg", "b.png") == "wrote run/pca_images.png\n"
-    assert Image.open("run/pca_images.png").size == (498, 28 + 240 + 20 + 28 + 240 + 6)
+    assert draw("pca", "run", "a.jpg", "b.png") == "wrote run/pca.png\n"
+    assert Image.open("run/pca.png").size == (498, 28 + 240 + 20 + 28 + 240 + 6)
     draw("pca", "run", "a.jpg", "b.png", "foreground=true", "shifts=1", "out=c.png")
     sheet = np.asarray(Image.open("c.png"))
     assert sheet.shape[0] == 562 + 268
@@ -78,7 +81,7 @@ def test_pca_draws_images_and_colours_in_their_proportions(draw):
 
 
 def test_a_file_of_weights_serves_as_well_and_writes_here(draw):
-    assert draw("pca", "run/teacher.pt", "a.jpg") == "wrote pca_images.png\n"
+    assert draw("pca", "run/teacher.pt", "a.jpg") == "wrote pca.png\n"
 
 
 def test_attention_has_a_row_for_each_token_and_a_column_for_each_head(draw):
@@ -86,15 +89,15 @@ def test_attention_has_a_row_for_each_token_and_a_column_for_each_head(draw):
     width, height = Image.open("run/attention.png").size
     side = 1300 // 6
     assert (width, height) == (6 + 6 * (side + 6), 3 * (28 + round(side * 64 / 90) + 20) + 6)
-    draw("attention", "run", "a.jpg", "head=3", "layer=-1", "size=32", "shifts=2", "out=h.png")
-    assert Image.open("h.png").size[0] == 6 + 2 * (260 + 6)
+    draw("attention", "run", "a.jpg", "layer=0", "size=32", "shifts=2", "out=h.png")
+    assert Image.open("h.png").size == (width, height)
 
 
 def test_match_draws_pairs_a_field_and_keypoints(draw):
     words = ("match", "run", "a.jpg", "b.png", "shifts=1")
     assert draw(*words) == "wrote run/match.png\n"
     two_bands = Image.open("run/match.png").size
-    draw(*words, "points=left.csv", "foreground=true", "out=m.png")
+    draw(*words, "points=left.json", "foreground=true", "out=m.png")
     three_bands = Image.open("m.png")
     assert three_bands.size[0] == 1000 and three_bands.size[1] > 1.4 * two_bands[1]
 
@@ -131,8 +134,47 @@ def test_neighbours_find_the_query_itself_first(draw, place):
     assert sheet.shape[1] == 6 + 118 + 18 + 3 * 118
     assert (sheet[28:124, 6:118] == sheet[28:124, 142:254]).all()
     assert (sheet[28:124, 6:118] != sheet[28:124, 260:372]).any()
+
+
+def green(sheet):
+    """Pixels of the frames of images of the query's class."""
+    return (abs(sheet.astype(int) - tuple(bytes.fromhex(GREEN[1:]))).max(axis=-1) < 3).sum()
+
+
+def test_neighbours_before_and_after_are_framed_where_they_are_of_the_class(draw, place):
+    photos = make_photos(place / "photos")
     draw("neighbours", "run", f"data={photos}", "count=3", "out=n.png")  # held-out images ask
-    assert Image.open("n.png").size[1] > 6 * 120
+    sheet = np.asarray(Image.open("n.png"))
+    assert sheet.shape == (28 + 6 * (90 + 20) + 6 * 6, 6 + 7 * 110 + 2 * 18, 3)  # 7 : 6 in all
+    frame, most = 104 * 90 - 96 * 82, 6 * 2 * 3  # dark and light are told apart by anything
+    assert green(sheet) % frame == 0 and most / 2 < green(sheet) / frame <= most
+    bare = place / "bare"
+    bare.mkdir(exist_ok=True)
+    for i, file in enumerate(sorted(photos.glob("train/*/*.png"))[:8]):
+        (bare / f"{i}.png").write_bytes(file.read_bytes())
+    draw("neighbours", "run", f"data={bare}", "count=3", "out=n.png")  # no classes: no frames
+    assert green(np.asarray(Image.open("n.png"))) == 0
+
+
+def test_neighbours_of_arrays_have_classes_for_names_and_those_of_files_their_own(place):
+    labelled = Arrays(np.zeros((2, 4, 4, 3)), [0, -1], ["dog"], "x.npy")
+    files = open_source(make_photos(place / "photos"), Config())
+    assert [neighbours.name_of(labelled, i) for i in (0, 1)] == ["dog", "x.npy[1]"]
+    assert neighbours.name_of(files, 0) == files.name(0).split("/")[1]
+
+
+def test_a_damaged_image_is_nobodys_neighbour_and_asks_for_none(place):
+    class Damaged(visualize.Pictures):
+        def read(self, i):
+            if i == 2:
+                raise OSError("damaged")
+            return super().read(i)
+
+    network = visualize.Network(place / "run")
+    source = Damaged(network, [str(place / name) for name in ("a.jpg", "b.png") * 2])
+    features, places = neighbours.cls_features(network.net, source, network.cfg, "")
+    assert places.tolist() == [0, 1, 3] and len(features) == 3
+    assert neighbours.spread(source, 4) == [0, 3, 3, 1]
 
 
 def test_images_of_five_channels_are_drawn(draw):
@@ -180,7 +222,7 @@ def test_the_animation_has_a_frame_for_each_and_shows_how_far_it_is(draw, traine
         blue = []
         for i in range(4):
             gif.seek(i)
-            row = np.asarray(gif.convert("RGB"))[40].astype(int)
+            row = np.asarray(gif.convert("RGB"))[3].astype(int)
             blue.append((abs(row - tuple(bytes.fromhex(BLUE[1:]))).max(axis=-1) < 60).sum())
     whole = blue[-1]
     assert np.allclose(np.array(blue) / whole, [0, 0.4, 0.8, 1], atol=0.02) and whole > 500
@@ -231,35 +273,36 @@ def test_the_islands_of_the_readme_are_those_that_the_script_draws(tmp_path):
     "words, part",
     [
         ("curves none", "none/log.jsonl: no such log"),
-        ("curves", "write `python -m pictures curves RUN`"),
-        ("paint x", "paint: unknown picture; use one of curves, pca"),
+        ("curves", "write `python -m pictures curves RUN [RUN ...]`"),
+        ("paint x", "paint: unknown picture; use one of curves, neighbours"),
         ("pca run", "write `python -m pictures pca RUN IMAGE ...`"),
         ("match run a.jpg", "write `python -m pictures match RUN IMAGE IMAGE`"),
         ("animation run", "run/frames: 0 frames; train with log.pictures=true"),
         ("pca none a.jpg", "none"),
-        ("pca run none.jpg", "none.jpg: No such file or directory; give a"),
+        ("pca run none.jpg", "none.jpg: No such file or directory"),
         ("pca run damaged.jpg", "damaged.jpg: image file is truncated"),
         ("pca run near.json", "near.json: not a picture"),
         ("pca run s.png", "s.png: 40 x 5 pixels are less than a patch of 8; enlarge"),
-        ("pca run five.npy", "five.npy: 5 channels, but data.channels=3"),
-        ("pca five a.jpg", "a.jpg: a RGB picture, but data.channels=5"),
-        ("pca run a.jpg size=7", "size=7 is less than a patch: use 8 or more"),
-        ("pca run a.jpg window=1", "window=1 is less than a patch"),
+        ("pca run five.npy", "five.npy: 5 channels"),
+        ("pca run five.npy", "this network reads images of 3 channels"),
+        ("pca five a.jpg", "this network reads images of 5 channels"),
+        ("pca run bright.npy", "bright.npy: values from 0 to 255, where floats must be in 0..1"),
+        ("match run a.jpg nan.npy", "nan.npy: values from nan to nan, where floats must be"),
         ("pca run a.jpg shifts=9", "shifts=9: a patch has 8 pixels"),
         ("pca run a.jpg size=big", "size must be a whole number, got big"),
         ("pca run a.jpg size=-8", "size=-8: must be 0 or more"),
         ("pca run a.jpg foreground=maybe", "foreground must be true or false, got maybe"),
-        ("pca run a.jpg head=1", "head=1: pca takes out, size, shifts, layer, window, foreground"),
+        ("pca run a.jpg alpha=1", "alpha=1: pca takes out, size, shifts, layer, foreground"),
         ("pca run a.jpg out=no/where.png", "no/where.png: cannot be written"),
         ("attention run a.jpg layer=6", "layer=6: the network has blocks 0 to 5"),
         ("attention run a.jpg layer=-7", "layer=-7: the network has blocks 0 to 5"),
-        ("attention run a.jpg head=4", "head=4: the network has heads 0 to 3"),
-        ("match run a.jpg b.png points=near.json", "point 1 of b, (20, 200), lies outside"),
-        ("match run a.jpg b.png extra=other.npz", "a is (3, 3, 4), but this network has 24 x 33"),
-        ("match run a.jpg b.png extra=none.npz", "extra=none.npz: cannot be read (No such file"),
+        ("match run a.jpg b.png points=near.json", "(20, 200) of b lies outside its image"),
+        ("match run a.jpg b.png extra=other.npz", "[(3, 3, 4), (3, 3, 4)], but must be [(24, 33"),
+        ("match run a.jpg b.png extra=none.npz", "extra=none.npz: No such file"),
         ("match run a.jpg b.png weight=2", "weight=2.0: must be at most 1"),
         ("neighbours run a.jpg count=0", "count=0: must be 1 or more"),
         ("neighbours run a.jpg data=none", "none: no such folder or file"),
+        ("neighbours run a.jpg", "data is empty: name the images to search"),
     ],
 )
 def test_bad_input_gets_one_line_and_exit_code_2(place, monkeypatch, capsys, words, part):
@@ -276,7 +319,7 @@ def test_help_names_every_command_and_option(capsys):
         visualize.main(["--help"])
     said = capsys.readouterr().out
     assert left.value.code == 0
-    for command, options in visualize.OPTIONS.items():
+    for command, (*_, options) in visualize.COMMANDS.items():
         assert f"python -m pictures {command} " in said
         assert all(f"\n  {option} " in said for option in options)
 

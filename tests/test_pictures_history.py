@@ -21,10 +21,10 @@ def write_log(folder, steps=30, **more):
     (folder / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def count(image, colour, box):
+def count(image, colour, box, away=40):
     """Pixels of this colour; 40 of 255 away from it is still nearer than any other colour is."""
     pixels = np.asarray(image.crop(box)).astype(int)
-    return (abs(pixels - tuple(bytes.fromhex(colour[1:]))).max(axis=-1) < 40).sum()
+    return (abs(pixels - tuple(bytes.fromhex(colour[1:]))).max(axis=-1) < away).sum()
 
 
 def test_curves_draw_every_series_of_the_log(tmp_path):
@@ -33,8 +33,8 @@ def test_curves_draw_every_series_of_the_log(tmp_path):
     assert image.size == (1200, 700)
     for _, name, colour in history.LOSSES:  # 135: below the legend
         assert count(image, colour, (72, 135, 585, 405)) > 50, name
-    for _, name, colour in history.KNN:
-        assert count(image, colour, (657, 135, 1170, 405)) > 50, name
+    for colour in (plot.BLUE, plot.GREY, plot.ORANGE):  # k-NN and its two floors
+        assert count(image, colour, (657, 135, 1170, 405), away=80) > 50
     for i, (_, name, colour) in enumerate(history.HEALTH):
         assert count(image, colour, (round(30 + 292.5 * i), 500, round(292 + 292.5 * i), 646)), name
 
@@ -53,12 +53,30 @@ def test_a_log_may_be_cut_off_repeat_steps_and_hold_bad_numbers(tmp_path):
     assert history.series(rows, "a") == {0: 1, 1: 3}
 
 
-def test_floors_come_from_the_summary_when_the_log_has_none(tmp_path):
-    write_log(tmp_path)
-    (tmp_path / "summary.json").write_text('{"knn": 50, "knn_random": 15, "knn_pixels": null}')
-    lines = history.knn_lines(tmp_path, history.read_log(tmp_path / "log.jsonl"), 29)
-    assert [line.name for line in lines] == ["DINOv2 50.0 %", "random network 15.0 %"]
-    assert [line.dashed for line in lines] == [False, True]
+def test_other_logs_lie_pale_beside_the_own_one(tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "reference-0").mkdir()
+    write_log(tmp_path / "mine", steps=15)
+    write_log(tmp_path / "reference-0", steps=60)
+    other = tmp_path / "reference-0.jsonl"
+    (tmp_path / "reference-0" / "log.jsonl").rename(other)
+    alone, beside = (
+        Image.open(history.draw_curves(tmp_path / "mine", tmp_path / "a.png", others)).copy()
+        for others in ([], [other])
+    )
+    # The axis reaches to the end of the longer run, so the own one ends after a quarter.
+    for key, hue, box in [
+        ("loss", plot.INK, (230, 135, 585, 405)),
+        ("knn", plot.BLUE, (815, 135, 1160, 405)),
+    ]:
+        pale = plot.mix(hue, plot.PAPER, 0.5)
+        assert count(alone, hue, box) > 50 and count(beside, hue, box) < 10, key
+        assert count(alone, pale, box) < count(beside, pale, box) > 100, key
+    assert (
+        count(alone, plot.GREY, (50, 40, 400, 64))
+        == 0
+        < count(beside, plot.GREY, (50, 40, 400, 64))
+    )  # its name
 
 
 def test_ticks_are_round_and_inside():

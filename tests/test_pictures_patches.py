@@ -130,12 +130,13 @@ def direct(net, pixels):
 
 
 @pytest.mark.parametrize("height, width", [(16, 16), (24, 40), (21, 9)])
-def test_one_window_and_one_shift_are_the_plain_forward_pass(height, width):
+def test_one_window_and_one_shift_are_the_plain_forward_pass(height, width, monkeypatch):
     net, picture = network(), image(height, width)
     pixels = patches.to_pixels(picture, 4, MEAN, STD)
     want = direct(net, pixels).unflatten(0, (pixels.shape[2] // 4, -1))
-    for window in (0, 40, 99):
-        got = patches.patch_features(net, picture, MEAN, STD, shifts=1, window=window)
+    for window in (10, 64):  # patches a side
+        monkeypatch.setattr(patches, "WINDOW", window)
+        got = patches.patch_features(net, picture, MEAN, STD, shifts=1)
         assert got.shape == (round(height / 4), round(width / 4), 32)
         assert torch.allclose(got, want, atol=1e-5)
 
@@ -150,7 +151,7 @@ def test_windows_cover_every_patch_and_overlap_by_half():
             assert (steps <= max(1, side // 2)).all() if len(steps) else length <= side
 
 
-def test_windows_are_read_apart_and_averaged():
+def test_windows_are_read_apart_and_averaged(monkeypatch):
     net, picture = network(), image(16, 48)
     pixels = patches.to_pixels(picture, 4, MEAN, STD)
     total, count = torch.zeros(4, 12, 32), torch.zeros(12)
@@ -159,7 +160,8 @@ def test_windows_are_read_apart_and_averaged():
         for column, share in enumerate((0.5, 1.5, 1.5, 0.5)):  # to the middle of the window
             total[:, begin + column] += share * part[:, column]
             count[begin + column] += share
-    got = patches.patch_features(net, picture, MEAN, STD, shifts=1, window=16)
+    monkeypatch.setattr(patches, "WINDOW", 4)
+    got = patches.patch_features(net, picture, MEAN, STD, shifts=1)
     assert torch.allclose(got, total / count[:, None], atol=1e-5)
 
 

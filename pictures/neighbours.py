@@ -1,0 +1,116 @@
+"""Nearest neighbours: which images of a data set have [CLS] features most like those of a query.
+
+    python -m pictures neighbours RUN IMAGE ...   images of a data set that are most like these
+    python -m pictures neighbours RUN             of held-out images, before and after training
+
+The second is drawn at the end of each run: what the network has learnt, for the eye.
+"""
+
+import random
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from data import Part, evaluation_batches
+from eval_knn import untrained
+from images.sources import read_or_next
+from parallel import progress
+from pictures import sheets
+from pictures.plot import GREEN, PAPER
+
+MOST = 2000  # images that a finished run is searched in: its last picture must not take long
+
+
+@torch.no_grad()
+def cls_features(net, source, cfg, what):
+    """[CLS] features of length 1, fp32 (N, D), and the places (N,) of these images in the source.
+
+    Damaged images are left out.
+    """
+    device, features, labels = net.pos_embed.device, [], []
+    with progress(total=len(source), desc=what, unit=" images") as bar:
+        for image_BCSS, label_B in evaluation_batches(source, cfg, device=device):
+            features.append(F.normalize(net(image_BCSS).float(), dim=1).cpu())
+            labels.append(label_B)
+            bar.update(len(label_B))
+    good_N = torch.cat(labels) >= -1
+    return torch.cat(features)[good_N], good_N.nonzero().flatten()
+
+
+def nearest(net, queries, pool, cfg, count):
+    """For each query the images of the pool that are most like it: [(cosine, place), ...]."""
+    pool_ND, place_N = cls_features(net, pool, cfg, "data set")
+    query_QD, _ = cls_features(net, queries, cfg, "queries")
+    cosines, rows = (query_QD @ pool_ND.T).topk(min(count, len(pool_ND)), dim=1)
+    both = zip(cosines.tolist(), place_N[rows].tolist(), strict=True)
+    return [list(zip(*pair, strict=True)) for pair in both]
+
+
+def draw(networks, queries, pool, cfg, path, count):
+    """A row for each query: the images of the pool that are nearest to it, by each network.
+
+    networks  {title: backbone}; of a single one the cosines are written too
+    An image whose class is known to be that of the query has a green frame.
+    """
+    found = [nearest(net, queries, pool, cfg, count) for net in networks.values()]
+    side, rows = 112 if len(found) == 1 else 104, []
+    titles = ["query"]
+    for title in networks:
+        titles += ["", title, *[""] * (min(count, len(pool)) - 1)]
+    for q in range(len(queries)):
+        wanted = class_of(queries, q)
+        pictures, words = [queries.read(q)], [name_of(queries, q)]
+        for answers in found:
+            pictures += [None, *(marked(pool, place, wanted, side) for _, place in answers[q])]
+            numbers = [f"{cosine:.2f} " if len(found) == 1 else "" for cosine, _ in answers[q]]
+            names = [name_of(pool, place) for _, place in answers[q]]
+            words += ["", *map(str.__add__, numbers, names)]
+        rows.append(([] if rows else titles, pictures, words))
+    return sheets.write(sheets.bands(rows, side, per_row=len(pictures)), path)
+
+
+def marked(source, i, wanted, side):
+    """An image, in a green frame if it is of the wanted class."""
+    image = source.read(i)
+    if not wanted:
+        return image
+    return sheets.framed(image, side, GREEN if class_of(source, i) == wanted else PAPER)
+
+
+def before_and_after(trained, sources, source, cfg, path, most=MOST, count=5):
+    """Neighbours of some held-out images, before and after training, as a picture.
+
+    sources  (images to search, held-out ones), or None without labels: then some images of `source`
+             ask for their neighbours among the others
+    most     search so many images, drawn at random; 0: all
+    """
+    pool, test = sources or (source, source)
+    asking = spread(test, 6)
+    places = random.Random(0).sample(range(len(pool)), min(most or len(pool), len(pool)))
+    places = sorted(set(places) - set([] if sources else asking)) or asking
+    networks = {
+        f"nearest of {len(places):,} images, by the untrained network": untrained(
+            trained, cfg.seed
+        ),
+        "by the trained network" + ";  green: of the query's class" * bool(test.classes): trained,
+    }
+    return draw(networks, Part(test, asking), Part(pool, places), cfg, path, count)
+
+
+def spread(source, count):
+    """Places of a few images that can be read, from all over a source."""
+    count = min(count, len(source))
+    # One further each time: labels that take turns are all met.
+    places = [(i * len(source) // count + i) % len(source) for i in range(count)]
+    return [read_or_next(source, place)[1] for place in places]
+
+
+def class_of(source, i):
+    return source.classes[source.label(i)] if source.label(i) >= 0 else ""
+
+
+def name_of(source, i):
+    """The file of an image; of an array, where images have none, the class."""
+    name = source.name(i)
+    return class_of(source, i) or name if name.endswith("]") else Path(name).name
