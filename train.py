@@ -15,7 +15,7 @@ and shows its default, which a key has that the yaml does not mention.
     RUN/log.jsonl      one object a line: step, images, loss, its terms, health signs, knn, ...
     RUN/summary.json   at the end: knn, knn_random, knn_pixels, images, seconds
     RUN/teacher.pt     the trained teacher, for eval_knn.py, pictures/ and weights/load.py
-    RUN/*.png          loss and k-NN over time, crops and masks, PCA colours before and after
+    RUN/*.png          loss and k-NN over time, crops and masks, neighbours before and after
     RUN/frames/        features of a few images at each evaluation, for the animation
 """
 

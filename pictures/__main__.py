@@ -74,13 +74,15 @@ class Network:
             image = decode(Path(file).read_bytes(), str(file), channels)
         except Exception as error:  # a decoder fed with damaged bytes raises anything
             reason = " ".join(str(getattr(error, "strerror", None) or error).split())
+            reason = reason.partition(", but data.channels")[0]  # a key that cannot be set here
             raise UserError(
                 f"{file}: {reason}; this network reads images of {channels} channels"
             ) from None
-        if image.dtype.kind == "f" and not ((image >= 0) & (image <= 1)).all():  # nor NaN
+        mean, std = map(np.float32, self.norm)
+        if image.dtype.kind == "f" and not (abs(image - mean) < 30 * std).all():  # nor if NaN
             raise UserError(
-                f"{file}: values from {image.min():g} to {image.max():g}, where floats must be "
-                "in 0..1; scale them, or save them as uint8 or uint16"
+                f"{file}: values from {image.min():g} to {image.max():g}, but this network knows "
+                f"floats around {mean.mean():g}, mostly in 0..1; scale them, or save them as uint8"
             )
         if min(image.shape[:2]) < patch:
             raise UserError(
@@ -241,9 +243,6 @@ def parse(argv):
         raise UserError(f"{command}: unknown picture; use one of {', '.join(COMMANDS)}")
     usage, least, most, defaults = COMMANDS[command]
     o, files = take_options(words, defaults)
-    for word in files:
-        if "=" in word and not Path(word).exists():
-            raise UserError(f"{word}: {command} takes {', '.join(defaults)}")
     for key, value in vars(o).items():
         if key != "layer" and type(value) in (int, float) and value < (key == "count"):
             raise UserError(f"{key}={value}: must be {int(key == 'count')} or more")

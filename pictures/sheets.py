@@ -124,10 +124,11 @@ def hide(pixels, grid):
 def picture(pixels):
     """(H, W, C) as a Pillow image in colour: three channels, or the first as grey.
 
-    As in augment.py, integers other than uint8 end at their largest value and floats at 1.
+    As in augment.py, integers other than uint8 end at their largest value; floats at 1, or above.
     """
     if pixels.dtype != np.uint8:
-        most = np.iinfo(pixels.dtype).max if pixels.dtype.kind in "iu" else 1
+        floats = pixels.dtype.kind not in "iu"
+        most = max(1, pixels.max()) if floats else np.iinfo(pixels.dtype).max
         pixels = (pixels.astype(np.float32) / most * 255).round().clip(0, 255).astype(np.uint8)
     if pixels.shape[2] < 3:
         pixels = pixels[:, :, :1].repeat(3, axis=2)

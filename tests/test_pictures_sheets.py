@@ -55,7 +55,8 @@ def test_a_crop_sheet_works_without_local_crops(tmp_path):
 
 def test_pictures_of_other_number_types_are_shown_in_their_range():
     wide = np.full((2, 2, 1), 65535, np.uint16)
-    for pixels in [wide, np.ones((2, 2, 3)), np.full((2, 2, 4), 255, np.uint8)]:
+    bright = np.full((2, 2, 3), 3000, np.float32)
+    for pixels in [wide, np.ones((2, 2, 3)), bright, np.full((2, 2, 4), 255, np.uint8)]:
         assert (np.asarray(sheets.picture(pixels)) == np.full((2, 2, 3), 255)).all()
 
 
