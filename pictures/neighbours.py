@@ -23,14 +23,14 @@ MOST = 2000  # images that a finished run is searched in: its last picture must 
 
 
 @torch.no_grad()
-def cls_features(net, source, cfg, what):
+def cls_features(net, source, cfg, what, batch=256):
     """[CLS] features of length 1, fp32 (N, D), and the places (N,) of these images in the source.
 
     Damaged images are left out.
     """
     device, features, labels = net.pos_embed.device, [], []
     with progress(total=len(source), desc=what, unit=" images") as bar:
-        for image_BCSS, label_B in evaluation_batches(source, cfg, device=device):
+        for image_BCSS, label_B in evaluation_batches(source, cfg, batch, device):
             features.append(F.normalize(net(image_BCSS).float(), dim=1).cpu())
             labels.append(label_B)
             bar.update(len(label_B))
@@ -41,7 +41,8 @@ def cls_features(net, source, cfg, what):
 def nearest(net, queries, pool, cfg, count):
     """For each query the images of the pool that are most like it: [(cosine, place), ...]."""
     pool_ND, place_N = cls_features(net, pool, cfg, "data set")
-    query_QD, _ = cls_features(net, queries, cfg, "queries")
+    # One by one, as some may have 8 bits and others 16.
+    query_QD, _ = cls_features(net, queries, cfg, "queries", batch=1)
     cosines, rows = (query_QD @ pool_ND.T).topk(min(count, len(pool_ND)), dim=1)
     both = zip(cosines.tolist(), place_N[rows].tolist(), strict=True)
     return [list(zip(*pair, strict=True)) for pair in both]
@@ -54,10 +55,9 @@ def draw(networks, queries, pool, cfg, path, count):
     An image whose class is known to be that of the query has a green frame.
     """
     found = [nearest(net, queries, pool, cfg, count) for net in networks.values()]
-    side, rows = 112 if len(found) == 1 else 104, []
-    titles = ["query"]
-    for title in networks:
-        titles += ["", title, *[""] * (min(count, len(pool)) - 1)]
+    side, titles, rows = 112 if len(found) == 1 else 104, ["query"], []
+    for title, answers in zip(networks, found, strict=True):
+        titles += ["", title, *["" for _ in answers[0][1:]]]
     for q in range(len(queries)):
         wanted = class_of(queries, q)
         pictures, words = [queries.read(q)], [name_of(queries, q)]

@@ -163,6 +163,17 @@ def test_neighbours_of_arrays_have_classes_for_names_and_those_of_files_their_ow
     assert neighbours.name_of(files, 0) == files.name(0).split("/")[1]
 
 
+def test_queries_of_8_and_of_16_bits_are_read_alike(place):
+    pixels = np.random.default_rng(0).integers(256, size=(24, 24, 3), dtype=np.uint8)
+    np.save(place / "deep.npy", pixels.astype(np.uint16) * 257)
+    np.save(place / "flat.npy", pixels)
+    network = visualize.Network(place / "run")
+    flat, deep = place / "flat.npy", place / "deep.npy"
+    pool, asking = (visualize.Pictures(network, files) for files in ([flat], [flat, deep]))
+    [[one], [same]] = neighbours.nearest(network.net, asking, pool, network.cfg, 1)
+    assert one[0] > 0.9999 and same[0] > 0.9999
+
+
 def test_a_damaged_image_is_nobodys_neighbour_and_asks_for_none(place):
     class Damaged(visualize.Pictures):
         def read(self, i):
