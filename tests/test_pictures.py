@@ -174,20 +174,6 @@ def test_queries_of_8_and_of_16_bits_are_read_alike(place):
     assert one[0] > 0.999 and same[0] > 0.999
 
 
-def test_a_damaged_image_is_nobodys_neighbour_and_asks_for_none(place):
-    class Damaged(visualize.Pictures):
-        def read(self, i):
-            if i == 2:
-                raise OSError("damaged")
-            return super().read(i)
-
-    network = visualize.Network(place / "run")
-    source = Damaged(network, [str(place / name) for name in ("a.jpg", "b.png") * 2])
-    features, places = neighbours.cls_features(network.net, source, network.cfg, "")
-    assert places.tolist() == [0, 1, 3] and len(features) == 3
-    assert neighbours.spread(source, 4) == [0, 3, 3, 1]
-
-
 def test_images_of_five_channels_are_drawn(draw):
     for command in ("pca", "attention"):
         draw(command, "five", "five.npy", "shifts=1", "out=five.png")
