@@ -67,6 +67,7 @@ class Data:
     std: Floats = (0.229, 0.224, 0.225)  # divided by, per channel; one number per channel
     channels: int = 3  # of the images: 1 grey, 3 RGB, more for other sensors
     max_damaged: float = 0.01  # share of damaged images at which a run stops, if they are above 20
+    max_pixels: int = 178_956_970  # width x height of a picture, above it is damaged; 0: no limit
 
 
 @dataclass

@@ -38,7 +38,7 @@ from config import UserError
 from data import loader, open_source
 from dinov2 import LARGE_CROPS, Output, build_centers, ema_update, ibot_prototypes, objective
 from eval_knn import NEIGHBOURS, knn_probabilities
-from images.sources import read_image
+from images.reader import read_image
 from optim import clip_each_part, schedules, set_schedule
 from parallel import dtype_of, pick_device
 from train import build, to_device

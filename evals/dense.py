@@ -30,8 +30,7 @@ from config import UserError
 from eval_knn import knn_probabilities, untrained
 from evals.logistic import logistic_path, penalties
 from images import synthetic
-from images.index import PICTURES
-from images.sources import read_image
+from images.reader import PICTURES, read_image
 from parallel import dtype_of, pick_device, progress
 from weights.load import load_backbone
 
@@ -76,7 +75,7 @@ def read_mask(image, mask):
                     f"{mask}: a {picture.mode} picture; save classes as palette or 8-bit grey"
                 )
             classes_HW = np.asarray(picture).astype(np.uint8)
-        height, width = read_image(image).shape[:2]
+        height, width = read_image(image, None).shape[:2]
     except (OSError, ValueError) as error:
         raise UserError(f"{mask} or {image}: cannot be read ({error})") from None
     if classes_HW.shape != (height, width):
@@ -115,9 +114,9 @@ def patch_tokens(backbone, image, size, cfg, device):
     patch, short = cfg.vit.patch, min(pixels_HWC.shape[:2])
     scale = min(size / short, 1)
     h, w = (max(round(side * scale / patch), 1) for side in pixels_HWC.shape[:2])
-    x_CHW = torch.tensor(data.resize(pixels_HWC, h * patch, w * patch)).permute(2, 0, 1) / 255
-    mean, std = (torch.tensor(x)[:, None, None] for x in (cfg.data.mean, cfg.data.std))
-    x_BCHW = ((x_CHW - mean) / std)[None].to(device, dtype_of(cfg))
+    x_CHW = torch.tensor(data.resize(pixels_HWC, h * patch, w * patch)).permute(2, 0, 1)
+    x_CHW = data.normalised(x_CHW, cfg.data.mean, cfg.data.std)
+    x_BCHW = x_CHW[None].to(device, dtype_of(cfg))
     return backbone.forward_features(x_BCHW)["x_norm_patchtokens"][0].float().unflatten(0, (h, w))
 
 

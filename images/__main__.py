@@ -8,18 +8,18 @@ SOURCE is a config file, or what data.root can be: a folder, a list, shards, an 
 More words are keys of the config, as in data.channels=1 or data.workers=8 (--help of train.py).
 
   limit      stats: as many images, drawn at random; 0: all
-  to         stats: the list of damaged images; pack: a folder; show: a picture
+  to         stats: a file for the list of damaged images; pack: a folder; show: a picture
   short      pack: pixels of the shorter side, of images that are larger; 0: all bytes as they are
   per_shard  pack: images in each tar file
-What was interrupted goes on where it was when the same command is given again.
+A pack that was interrupted goes on where it was when the same command is given again.
 """
 
-import contextlib
 import io
 import json
 import os
 import sys
 import tarfile
+from collections import Counter
 from functools import partial
 from pathlib import Path, PurePosixPath
 
@@ -28,9 +28,9 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 import config
-from config import UserError
-from data import Order, open_source, resize, worker_options
-from images import index
+from config import UserError, replace_text
+from data import Order, most_damaged, open_source, resize, worker_options
+from images.sources import reason
 from parallel import progress, warn
 
 OPTIONS = {"limit": 0, "to": "", "short": 0, "per_shard": 10_000}
@@ -71,12 +71,20 @@ def apply(task, numbers):
 def show_index(cfg, options):
     source = open_source(cfg.data.root, cfg, again=True)
     print(f"{len(source):,} images in {cfg.data.root}")
-    if source.classes:
-        count = np.bincount(np.asarray(source.labels) + 1, minlength=len(source.classes) + 1)
-        print(
-            f"{len(source.classes):,} classes of {count[1:].min():,} to {count[1:].max():,} images"
-        )
-        print(f"{count[0]:,} images without a class" if count[0] else "every image has a class")
+    print_left_out(source)
+    none, *count = np.bincount(np.asarray(source.labels) + 1, minlength=len(source.classes) + 1)
+    if not count:
+        print("no labels")
+        return
+    named = [f"{name} {n:,}" for name, n in zip(source.classes, count, strict=True)]
+    named = named[:20] + ["..."] * (len(named) > 20)
+    print(f"{len(count):,} classes of {min(count):,} to {max(count):,} images: {', '.join(named)}")
+    print(f"{none:,} images without a class" if none else "every image has a class")
+
+
+def print_left_out(source):
+    if source.left_out:
+        print("left out: " + ", ".join(f"{n:,} {kind}" for kind, n in source.left_out.items()))
 
 
 # ---- stats --------------------------------------------------------------------------------------
@@ -87,12 +95,11 @@ def measure(source, i):
     try:
         image = source.read(i)
     except Exception as error:
-        return {"damaged": f"{source.name(i)}: {' '.join(str(error).split())}"}
+        return {"damaged": f"{source.name(i)}: {reason(error)}"}
     values = resize(image, *image.shape[:2])  # as it is; more than 8 bits become 0..1
     values = values.reshape(-1, values.shape[2]) / (255 if values.dtype == np.uint8 else 1)
     mean, square = values.mean(0, np.float64), np.square(values).mean(0, np.float64)
-    side = str(min(image.shape[:2]))
-    return {"side": side, "dtype": str(image.dtype), "mean": mean, "square": square}
+    return {"side": min(image.shape[:2]), "dtype": image.dtype, "mean": mean, "square": square}
 
 
 def show_stats(cfg, options):
@@ -101,58 +108,37 @@ def show_stats(cfg, options):
     n = min(options.limit or len(source), len(source))
     order = Order(len(source), seed=0)
     numbers = range(n) if n == len(source) else [order[p] for p in range(n)]
-    key = [os.path.abspath(cfg.data.root), len(source), n, cfg.data.channels]
-    file = index.CACHE / "stats.json"
-    seen = {"key": key, "images": 0, "damaged": [], "side": {}, "dtype": {}}
-    seen |= {"mean": [0.0] * cfg.data.channels, "square": [0.0] * cfg.data.channels}
-    with contextlib.suppress(OSError, ValueError):
-        before = json.loads(file.read_text())
-        seen = before if before.keys() == seen.keys() and before["key"] == key else seen
-    for result in ordered(partial(measure, source), numbers[seen["images"] :], cfg, "measuring"):
-        add_up(seen, result)
-        if seen["images"] % 1000 == 0:
-            with contextlib.suppress(OSError):
-                write_aside(file, json.dumps(seen))
-    file.unlink(missing_ok=True)
-    report_stats(seen, options.to or "damaged.txt")
+    results = list(ordered(partial(measure, source), numbers, cfg, "measuring"))
+    damaged = [result["damaged"] for result in results if "damaged" in result]
+    good = [result for result in results if "damaged" not in result]
+    kinds = Counter(str(result["dtype"]) for result in good)
+    print(f"images    {n:,}, {', '.join(f'{count:,} {kind}' for kind, count in kinds.items())}")
+    print_left_out(source)
+    if good:
+        sides, means, squares = (
+            np.array([r[key] for r in good]) for key in ("side", "mean", "square")
+        )
+        mean = means.mean(axis=0)
+        std = np.sqrt(np.maximum(squares.mean(axis=0) - mean**2, 0))
+        low, middle, high = np.quantile(sides, (0, 0.5, 1)).astype(int)
+        print(f"size      shorter side {low} to {high} px, median {middle}")
+        print(f"channels  data.channels={len(mean)}")
+        print(f"colour    data.mean={mean.round(4).tolist()} data.std={std.round(4).tolist()}")
+    name_damaged(damaged, options.to)
+    if len(damaged) > most_damaged(cfg, n):
+        print(f"a run would stop: that is more than data.max_damaged={cfg.data.max_damaged:g}")
 
 
-def add_up(seen, result):
-    """Add what measure() says of one image to what was seen before it."""
-    seen["images"] += 1
-    if "damaged" in result:
-        seen["damaged"].append(result["damaged"])
-        return
-    for key in ("mean", "square"):
-        seen[key] = (seen[key] + result[key]).tolist()
-    for key in ("side", "dtype"):
-        seen[key][result[key]] = seen[key].get(result[key], 0) + 1
-
-
-def report_stats(seen, path):
-    """Print what was counted and measured, and write the list of damaged images."""
-    n, damaged = seen["images"], seen["damaged"]
-    good = max(n - len(damaged), 1)
-    mean, square = np.array(seen["mean"]) / good, np.array(seen["square"]) / good
-    std = np.sqrt(np.maximum(square - mean**2, 0))
-    lengths = np.repeat([int(side) for side in seen["side"]], list(seen["side"].values()))
-    kinds = ", ".join(f"{count:,} {dtype}" for dtype, count in seen["dtype"].items())
-    print(f"images    {n:,}, {kinds}")
-    low, middle, high = np.quantile(lengths, (0, 0.5, 1)).astype(int)
-    print(f"size      shorter side {low} to {high} px, median {middle}")
-    print(f"channels  data.channels={len(mean)}")
-    print(f"colour    data.mean={np.round(mean, 4).tolist()} data.std={np.round(std, 4).tolist()}")
-    print(f"damaged   {len(damaged):,}" + (f", named in {path}" if damaged else ""))
-    if damaged:
-        Path(path).write_text("\n".join(damaged) + "\n")
-
-
-def write_aside(path, text):
-    """A file is there as a whole or not at all, whenever the process is killed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f"{path.name}.{os.getpid()}")
-    aside.write_text(text)
-    os.replace(aside, path)
+def name_damaged(damaged, path, shown=10):
+    """The first ones here, all in a file if one is asked for."""
+    print(f"damaged   {len(damaged):,}" + (f", named in {path}" if damaged and path else ""))
+    if damaged and path:
+        with config.writing(path):
+            Path(path).write_text("\n".join(damaged) + "\n", errors="surrogateescape")
+    elif damaged:
+        more = [f"and {len(damaged) - shown:,} more; to=damaged.txt lists them all"]
+        for line in damaged[:shown] + more * (len(damaged) > shown):
+            print(f"          {line}")
 
 
 # ---- pack ---------------------------------------------------------------------------------------
@@ -169,14 +155,12 @@ def show_pack(cfg, options):
         folder.mkdir(parents=True, exist_ok=True)
         plan_file = folder / "pack.json"
         if plan_file.exists() and json.loads(plan_file.read_text()) != plan:
-            raise UserError(
-                f"{folder}: holds shards of another pack command; choose another folder"
-            )
+            raise UserError(f"{folder}: is of another pack command; choose another folder")
         if not plan_file.exists() and any(folder.iterdir()):
             raise UserError(f"{folder}: is not empty; choose another folder")
-        write_aside(plan_file, json.dumps(plan, indent=1))
+        replace_text(plan_file, json.dumps(plan, indent=1))
         if source.classes:
-            write_aside(folder / "classes.txt", "".join(f"{name}\n" for name in source.classes))
+            replace_text(folder / "classes.txt", "".join(f"{name}\n" for name in source.classes))
         damaged = pack(source, folder, options.short, options.per_shard, cfg)
     print(f"{len(source) - damaged:,} images in {folder}; train with data.root={folder}")
 
@@ -217,23 +201,26 @@ def add(tar, name, data):
 def member(source, short, i):
     """(name in the shard, bytes) of one image; (its name, None) if it has to be read and cannot."""
     parts = [p for p in PurePosixPath(source.name(i)).parts if p not in ("/", "..")]
-    stem, _, kind = parts[-1].rpartition(".")
+    stem, _, ending = parts[-1].rpartition(".")
+    ending = ending.lower()
     # The key of a sample ends at the first dot. The number keeps a.jpg and a.png apart.
-    key = "/".join([*parts[:-1], f"{(stem or kind).replace('.', '_')}-{i:08d}"])
+    key = "/".join([*parts[:-1], f"{(stem or ending).replace('.', '_')}-{i:08d}"])
     data = source.data(i) if hasattr(source, "data") else None
     if data is not None and not short:
-        return f"{key}.{kind.lower()}", data
+        return f"{key}.{ending}", data
     try:
         image = source.read(i)
     except Exception as error:
-        return f"{source.name(i)}: {' '.join(str(error).split())}", None
+        return f"{source.name(i)}: {reason(error)}", None
     height, width = image.shape[:2]
     if data is not None and min(height, width) <= short:
-        return f"{key}.{kind.lower()}", data
+        return f"{key}.{ending}", data
     if short and min(height, width) > short:
-        scale = short / min(height, width)
+        scale, kept = short / min(height, width), image.dtype
         image = resize(image, round(height * scale), round(width * scale))
-    return encode(image, key, jpeg=kind.lower() in ("jpg", "jpeg"))
+        if kept != image.dtype and kept.kind in "ui":  # resized in 0..1
+            image = (image.clip(-1, 1) * np.iinfo(kept).max).round().astype(kept)
+    return encode(image, key, jpeg=ending in ("jpg", "jpeg", "jfif"))
 
 
 def encode(image, key, jpeg):

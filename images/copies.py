@@ -17,30 +17,12 @@ import torch.nn.functional as F
 
 from parallel import progress
 
-try:  # optional: pip install faiss-cpu
-    import faiss
-except ImportError:
-    faiss = None
-
 # ---- neighbours and groups ----------------------------------------------------------------------
 
 
 def neighbours(query_MD, base_ND, k):
     """(cosine, index) of the k nearest, (M, k) each, nearest first; exact. Rows are normalised."""
-    k = min(k, len(base_ND))
-    by = by_faiss if faiss and base_ND.device.type == "cpu" else by_torch
-    return by(query_MD, base_ND, k)
-
-
-def by_faiss(query_MD, base_ND, k):
-    index = faiss.IndexFlatIP(base_ND.shape[1])
-    index.add(base_ND.numpy())
-    found = [index.search(q.numpy(), k) for q in progress(query_MD.split(1024), desc="neighbours")]
-    return tuple(torch.from_numpy(np.concatenate(part)) for part in zip(*found, strict=True))
-
-
-def by_torch(query_MD, base_ND, k):
-    chunk = max(1, 2**26 // len(base_ND))  # 256 MB of cosines
+    k, chunk = min(k, len(base_ND)), max(1, 2**26 // len(base_ND))  # 256 MB of cosines
     found = [(q @ base_ND.T).topk(k) for q in progress(query_MD.split(chunk), desc="neighbours")]
     return tuple(torch.cat(part) for part in zip(*found, strict=True))
 
@@ -128,10 +110,6 @@ def near_copies(query, base, neighbours_of_each, threshold, least):
         pairs = pairs[pairs[:, 0] != pairs[:, 1]].sort(dim=1).values.unique(dim=0)
     if not least or not len(pairs):
         return pairs.tolist()
-    if query is base:  # boxes of an image are made once
-        both = likeness(query.thumbs, base.thumbs, torch.cat((pairs, pairs.flip(1))))
-        score_P = both.unflatten(0, (2, -1)).amax(dim=0)
-    else:
-        back = likeness(base.thumbs, query.thumbs, pairs.flip(1))
-        score_P = torch.maximum(likeness(query.thumbs, base.thumbs, pairs), back)
+    score_P = likeness(query.thumbs, base.thumbs, pairs)
+    score_P = torch.maximum(score_P, likeness(base.thumbs, query.thumbs, pairs.flip(1)))
     return pairs[score_P > least].tolist()

@@ -30,22 +30,22 @@ Shapes:  N images of the pool   M other images   D features   k neighbours, or c
 import contextlib
 import csv
 import json
-import math
 import os
 import sys
 import zlib
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
+from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import ImageColor
 from torch.utils.data import DataLoader
 
 from config import UserError, report_errors, take_options, writing
-from data import centre_crop, open_source, resize, worker_options
+from data import centre_crop, normalised, open_source, resize, worker_options
 from images.copies import S, components, near_copies, neighbours
 from images.sources import Files
 from parallel import pick_device, progress
@@ -76,22 +76,18 @@ def kmeans(x_ND, k, rounds=20, seed=0):
 
 
 def retrieve(query_MD, base_ND, keep):
-    """{image of the base: (curated image it was chosen for, cosine)}, and the number of collisions.
+    """{image of the base: (curated image it was chosen for, cosine)}.
 
     The closest pairs choose first; who comes too late takes the next neighbour.
     """
     cosine_Mk, index_Mk = (t.cpu().numpy() for t in neighbours(query_MD, base_ND, 8 * keep))
-    chosen, has, collisions = {}, Counter(), 0
+    chosen, has = {}, Counter()
     for at in np.argsort(-cosine_Mk, axis=None, kind="stable").tolist():
         query, place = divmod(at, cosine_Mk.shape[1])
         image = int(index_Mk[query, place])
-        if has[query] == keep:
-            continue
-        if image in chosen:
-            collisions += 1
-            continue
-        chosen[image], has[query] = (query, float(cosine_Mk[query, place])), has[query] + 1
-    return chosen, collisions
+        if has[query] < keep and image not in chosen:
+            chosen[image], has[query] = (query, float(cosine_Mk[query, place])), has[query] + 1
+    return chosen
 
 
 def whole_clusters(query_MD, base_ND, clusters, votes):
@@ -106,31 +102,32 @@ def whole_clusters(query_MD, base_ND, clusters, votes):
         cosine, place = neighbours(base_ND[members], query_MD[queries], 1)
         for image, c, p in zip(members.tolist(), cosine[:, 0], place[:, 0], strict=True):
             chosen[image] = int(queries[p]), float(c)
-    return chosen, 0
+    return chosen
 
 
 # ---- images -------------------------------------------------------------------------------------
 
 
 class Pictures:
-    """Index -> (crop (C, size, size), thumbnail (S, S, C) uint8, readable)."""
+    """Index -> (normalised crop (C, size, size), thumbnail (S, S, C) uint8, readable)."""
 
     def __init__(self, source, cfg):
-        self.source, self.size, self.channels = source, cfg.crops.global_size, cfg.data.channels
+        self.source, self.size, self.data = source, cfg.crops.global_size, cfg.data
 
     def __len__(self):
         return len(self.source)
 
     def __getitem__(self, i):
         try:
-            image = self.source.read(i)
+            image, readable = self.source.read(i), True
         except Exception:  # whatever a decoder raises; the image will be listed as damaged
-            image = np.zeros((S, S, self.channels), np.uint8)
-            return centre_crop(image, self.size) / 255, image, False
-        crop, thumb = centre_crop(image, self.size), np.array(resize(image, S, S))
-        crop = crop / 255 if crop.dtype == torch.uint8 else crop
-        thumb = thumb if thumb.dtype == np.uint8 else (thumb * 255).clip(0, 255).astype(np.uint8)
-        return crop, thumb, True
+            image, readable = np.zeros((S, S, self.data.channels), np.uint8), False
+        crop = normalised(centre_crop(image, self.size), self.data.mean, self.data.std)
+        thumb = np.array(resize(image, S, S))
+        if thumb.dtype != np.uint8:  # of any range; likeness does not depend on it
+            thumb = thumb - thumb.min()
+            thumb = (thumb * (255 / max(thumb.max(), 1e-12))).astype(np.uint8)
+        return crop, thumb, readable
 
 
 @torch.no_grad()
@@ -140,48 +137,35 @@ def embed(source, name, backbone, cfg, o, device):
     They are written to FOLDER while they are made; what is there already is not made again.
     """
     file, n, C = Path(o.out, name), len(source), cfg.data.channels
-    root = str(Path(source.root).absolute()) if isinstance(source, Files) else ""
-    names = "\n".join([root, *(source.name(i) for i in range(n))])
+    names = "\n".join([str(getattr(source, "root", "")), *map(source.name, range(n))])
     weights = zlib.crc32(b"".join(p.numpy().tobytes() for p in backbone.cpu().parameters()))
-    key = {"images": n, "names": zlib.crc32(os.fsencode(names)), "weights": weights}
-    key["size"] = cfg.crops.global_size
+    key = [zlib.crc32(os.fsencode(names)), weights, cfg.crops.global_size]
+    done, done_file = 0, file.with_suffix(".json")
+    with contextlib.suppress(OSError, ValueError):  # there is none, or only half of one
+        *before, at = json.loads(done_file.read_text())
+        done = at if before == key else 0
     shapes = {"features": ((n, 2 * backbone.dim), "float32"), "thumbs": ((n, S, S, C), "uint8")}
     shapes["readable"] = (n,), "bool"
-    state, done_file = key | {"done": 0}, file.with_suffix(".json")
-    with contextlib.suppress(OSError, ValueError):  # there is none, or only half of one
-        before = json.loads(done_file.read_text())
-        state = before if key.items() <= before.items() else state
-    mode = "r+" if state["done"] else "w+"
-    arrays = [
-        np.lib.format.open_memmap(f"{file}.{part}.npy", mode, dtype, shape)
-        for part, (shape, dtype) in shapes.items()
-    ]
-    mean, std = (
-        torch.tensor(v, device=device)[:, None, None] for v in (cfg.data.mean, cfg.data.std)
-    )
-    images = DataLoader(
-        Pictures(source, cfg), 128, sampler=range(state["done"], n), **worker_options(cfg)
-    )
+    arrays = {
+        part: np.lib.format.open_memmap(f"{file}.{part}.npy", "r+" if done else "w+", kind, shape)
+        for part, (shape, kind) in shapes.items()
+    }
+    images = DataLoader(Pictures(source, cfg), 128, sampler=range(done, n), **worker_options(cfg))
     backbone.to(device)
-    with progress(desc=f"embedding {name}", total=n, initial=state["done"], unit=" images") as bar:
+    with progress(desc=f"embedding {name}", total=n, initial=done, unit=" images") as bar:
         for crop_BCSS, thumb, readable in images:
-            f = backbone.forward_features((crop_BCSS.to(device) - mean) / std)
+            f = backbone.forward_features(crop_BCSS.to(device))
             parts = f["x_norm_clstoken"], f["x_norm_patchtokens"].mean(dim=1)
             feature = F.normalize(torch.cat([F.normalize(x, dim=1) for x in parts], dim=1), dim=1)
-            rows = slice(state["done"], state["done"] + len(thumb))
-            for array, value in zip(arrays, (feature.cpu(), thumb, readable), strict=True):
-                array[rows] = value.numpy()
+            rows = slice(done, done + len(thumb))
+            for array, value in zip(arrays.values(), (feature, thumb, readable), strict=True):
+                array[rows] = value.cpu().numpy()
                 array.flush()
-            state["done"] += len(thumb)
-            done_file.write_text(json.dumps(state))
+            done += len(thumb)
+            done_file.write_text(json.dumps([*key, done]))
             bar.update(len(thumb))
-    features, thumbs, readable = arrays
-    return SimpleNamespace(
-        source=source,
-        features=torch.tensor(features, device=device),
-        thumbs=thumbs,
-        readable=readable,
-    )
+    features = torch.tensor(arrays.pop("features"), device=device)
+    return SimpleNamespace(source=source, features=features, **arrays)
 
 
 # ---- the command --------------------------------------------------------------------------------
@@ -189,69 +173,70 @@ def embed(source, name, backbone, cfg, o, device):
 KEPT, COPY, SEEN, REJECTED, DAMAGED = "kept", "near-copy", "in evaluation", "rejected", "damaged"
 
 
+class Fate(NamedTuple):
+    """What becomes of an image, and because of which one: image `at` of `images`."""
+
+    kind: str
+    images: SimpleNamespace = None
+    at: int = 0
+    cosine: float = 0
+
+    def why(self):
+        return [self.images.source.name(self.at), f"{self.cosine:.3f}"] if self.images else ["", ""]
+
+
 def curate(pool, curated, against, o):
-    """What becomes of each image of the pool: [(fate, because of which image, cosine)]."""
+    """The Fate of each image of the pool."""
     n = len(pool.source)
-    fate = [(REJECTED, "", "") if ok else (DAMAGED, "", "") for ok in pool.readable]
+    fate = [Fate(REJECTED if ok else DAMAGED) for ok in pool.readable]
     limits = o.neighbours, o.threshold, o.likeness
     strict = max(o.likeness - STRICTER, 0)
     group_N = components(n, near_copies(pool, pool, *limits))
     for i in np.flatnonzero(group_N != np.arange(n)).tolist():
         if pool.readable[i]:
-            fate[i] = COPY, pool.source.name(group_N[i]), cosine(pool, i, pool, group_N[i])
+            fate[i] = because(COPY, pool, i, pool, group_N[i])
     for evaluation in against:  # the whole group goes, as in the paper
         seen = {group_N[i]: j for i, j in near_copies(pool, evaluation, *limits[:2], strict)}
         for i in range(n):
             if group_N[i] in seen and pool.readable[i]:
-                j = seen[group_N[i]]
-                fate[i] = SEEN, evaluation.source.name(j), cosine(pool, i, evaluation, j)
-    left = [i for i in range(n) if fate[i][0] == REJECTED]
+                fate[i] = because(SEEN, pool, i, evaluation, seen[group_N[i]])
+    left = [i for i in range(n) if fate[i].kind == REJECTED]
     if not curated:
-        return [(KEPT, "", "") if f[0] == REJECTED else f for f in fate], 0
+        return [Fate(KEPT) if f.kind == REJECTED else f for f in fate]
     if not left:
         raise UserError(f"nothing of {o.pool} is left to choose from; see {o.out}/why.csv")
-    query_MD = torch.cat([c.features[torch.tensor(c.readable.copy())] for c in curated])
-    names = [c.source.name(i) for c in curated for i in np.flatnonzero(c.readable)]
-    base_ND = pool.features[left]
+    queries = [(c, i) for c in curated for i in np.flatnonzero(c.readable).tolist()]
+    query_MD, base_ND = torch.stack([c.features[i] for c, i in queries]), pool.features[left]
     if o.clusters > len(left):
         raise UserError(f"clusters={o.clusters} are more than the {len(left)} images left")
     if o.clusters:
-        chosen, collisions = whole_clusters(query_MD, base_ND, o.clusters, o.votes)
+        chosen = whole_clusters(query_MD, base_ND, o.clusters, o.votes)
     else:
-        chosen, collisions = retrieve(query_MD, base_ND, o.keep)
-    for at, (query, c) in chosen.items():
-        fate[left[at]] = KEPT, names[query], f"{c:.3f}"
-    return fate, collisions
+        chosen = retrieve(query_MD, base_ND, o.keep)
+    for at, (query, cosine) in chosen.items():
+        fate[left[at]] = Fate(KEPT, *queries[query], cosine)
+    return fate
 
 
-def cosine(a, i, b, j):
-    return f"{float(a.features[i] @ b.features[int(j)]):.3f}"
+def because(kind, pool, i, other, j):
+    return Fate(kind, other, int(j), float(pool.features[i] @ other.features[int(j)]))
 
 
-def draw_sheet(pool, curated, against, fate, path, columns=12):
-    """A band for each fate: the images, and above each the one because of which it is so."""
-    place = {}
-    for images in (*against, *curated, pool):
-        place |= {images.source.name(i): (images, i) for i in range(len(images.source))}
-    bands = [k for k in (KEPT, COPY, SEEN, REJECTED) if any(f[0] == k for f in fate)]
-    side, gap, head = 72, 4, 24
-    height = head + 2 * (side + gap) + gap
-    sheet = Image.new("RGB", (gap + columns * (side + gap), len(bands) * height), PAPER)
-    for row, kind in enumerate(bands):
-        found = [i for i, f in enumerate(fate) if f[0] == kind]
+def draw_sheet(pool, fate, path, columns=12):
+    """For each fate a row of images, and above each the one because of which it is so."""
+    words = {KEPT: "the curated image", COPY: "the one that stays", SEEN: "the evaluation image"}
+    blank, rows = np.full((S, S, 3), ImageColor.getrgb(PAPER), np.uint8), []
+    for kind in (KEPT, COPY, SEEN, REJECTED):
+        found = [i for i, f in enumerate(fate) if f.kind == kind]
         shown = found[:: max(1, len(found) // columns)][:columns]
-        words = {KEPT: "the curated image above", COPY: "the one that stays above"}
-        band = Image.new("RGB", (sheet.width, height), PAPER)
-        above = f", {words.get(kind, 'the evaluation image above')}" if fate[found[0]][1] else ""
-        sheets.caption(band, gap, head, f"{kind}: {len(found):,} images{above}")
-        for column, i in enumerate(shown):
-            x = gap + column * (side + gap)
-            if fate[i][1]:
-                images, at = place[fate[i][1]]
-                sheets.paste(band, images.thumbs[at], x, head, side)
-            sheets.paste(band, pool.thumbs[i], x, head + side + gap, side)
-        sheet.paste(band, (0, row * height))
-    return sheets.write(sheet, path)
+        rest, title = [blank] * (columns - len(shown)), f"{kind}: {len(found):,} images"
+        if found and fate[found[0]].images:
+            above = [fate[i].images.thumbs[fate[i].at] for i in shown]
+            rows.append((f"{title}, {words[kind]} above", above + rest, None))
+            title = ""
+        if found:
+            rows.append((title, [pool.thumbs[i] for i in shown] + rest, None))
+    return sheets.bands(rows, path, side=72, per_row=columns)
 
 
 def parse(argv):
@@ -263,12 +248,10 @@ def parse(argv):
     for key in ("backbone", "out"):
         if not getattr(o, key):
             raise UserError(f"{key}= is missing: write images.curate POOL backbone=RUN out=FOLDER")
-    least_most = dict.fromkeys(("keep", "neighbours", "votes"), (1, math.inf))
-    least_most |= dict.fromkeys(("size", "clusters", "workers"), (0, math.inf))
-    least_most |= {"threshold": (-1, 1), "likeness": (0, 1)}
-    for key, (least, most) in least_most.items():
-        if not least <= getattr(o, key) <= most:
-            raise UserError(f"{key}={getattr(o, key)} must be from {least} to {most}")
+    if min(o.keep, o.neighbours, o.votes) < 1:
+        raise UserError("keep, neighbours and votes must be at least 1")
+    if not 0 <= o.likeness <= 1:
+        raise UserError(f"likeness={o.likeness} must be from 0 to 1")
     return o
 
 
@@ -297,46 +280,36 @@ def main(argv):
             [embed(s, f"{key}{i}", backbone, cfg, o, device) for i, s in enumerate(sources)]
             for key, sources in given.items()
         )
-        fate, collisions = curate(pool, curated, against, o)
-        counts = write_results(pool, fate, o, collisions, curated)
-        draw_sheet(pool, curated, against, fate, Path(o.out, "sheet.png"))
-    print_report(counts, o)
+        fate = curate(pool, curated, against, o)
+        draw_sheet(pool, fate, Path(o.out, "sheet.png"))
+        report(pool, fate, o, sum(len(c.source) for c in curated))
 
 
-def write_results(pool, fate, o, collisions, curated):
-    """list.txt, why.csv and report.json; returns the report."""
+def report(pool, fate, o, curated):
+    """Write list.txt, why.csv and report.json, and print how many images met each fate, and why."""
     out, root = Path(o.out), Path(pool.source.root).absolute()
     names = [pool.source.name(i) for i in range(len(fate))]
-    kept = [str(root / name) for name, f in zip(names, fate, strict=True) if f[0] == KEPT]
+    kept = [str(root / name) for name, f in zip(names, fate, strict=True) if f.kind == KEPT]
     (out / "list.txt").write_text("".join(f"{p}\n" for p in kept), errors="surrogateescape")
     with open(out / "why.csv", "w", newline="", errors="surrogateescape") as file:
         rows = csv.writer(file)
         rows.writerow(["path", "fate", "because of", "cosine"])
-        rows.writerows([name, *f] for name, f in zip(names, fate, strict=True))
-    counts = Counter(f[0] for f in fate)
-    report = {"pool": len(fate), **{k: counts[k] for k in (KEPT, COPY, SEEN, REJECTED, DAMAGED)}}
-    report["curated images"] = sum(len(c.source) for c in curated)
-    report["collisions"] = collisions
-    (out / "report.json").write_text(json.dumps(report | {"options": vars(o)}, indent=1) + "\n")
-    return report
-
-
-def print_report(report, o):
-    """How many images met each fate, and why."""
+        rows.writerows([name, f.kind, *f.why()] for name, f in zip(names, fate, strict=True))
     how = f"clusters with {o.votes} or more curated images, of {o.clusters}"
-    if not o.clusters:
-        how = f"nearest {o.keep} of {report['curated images']:,} curated images"
-        how += f"; {report['collisions']:,} collisions"
+    how = how if o.clusters else f"nearest {o.keep} of {curated:,} curated images"
     reasons = {
-        KEPT: how if report["curated images"] else "all that is left",
+        KEPT: how if curated else "all that is left",
         COPY: f"cosine above {o.threshold}, likeness above {o.likeness}; one of each group stays",
         SEEN: f"near-copies of {o.against}" if o.against else "no evaluation set was given",
         REJECTED: "not among the neighbours of curated images",
         DAMAGED: "could not be read",
     }
-    print(f"{report['pool']:>9,} images in {o.pool}")
-    for name, reason in reasons.items():
-        print(f"{report[name]:>9,} {name:<14}{reason}")
+    counts = Counter(f.kind for f in fate)
+    result = {"pool": len(fate), **{kind: counts[kind] for kind in reasons}, "options": vars(o)}
+    (out / "report.json").write_text(json.dumps(result, indent=1) + "\n")
+    print(f"{len(fate):>9,} images in {o.pool}")
+    for kind, reason in reasons.items():
+        print(f"{counts[kind]:>9,} {kind:<14}{reason}")
     print(f"see {o.out}/: list.txt for data.root=, why.csv, sheet.png, report.json")
 
 

@@ -1,14 +1,13 @@
 """Which images there are: a folder, a list or tar shards, searched once, as a few arrays.
 
 Millions of Python strings would cost 100 bytes each and, as reading a string changes its reference
-count, be copied into every worker. An Index is a handful of arrays, which processes share. One that
+count, be copied into every worker. An Index is a handful of arrays, which workers share. One that
 took long to make is kept in a cache file (~/.cache/nanodinov2) and checked at the next start.
 
-Shards are tar files in WebDataset layout: members of one sample lie together and share their name
-up to the first dot, as in cat/7.jpg and cat/7.cls; .cls holds the number of the class. They are
-usually streamed, and shuffled through a buffer. Here each member's place is noted once and read
-from there, so shards have the same endless order as anything else: shuffled over the whole set,
-equal for any number of ranks and workers, and resumed at the exact image.
+Shards are tar files in WebDataset layout: cat/7.jpg and cat/7.cls lie together, and .cls holds the
+class. They are usually streamed, and shuffled through a buffer. Here each member's place is noted
+once and read from there, so shards have the same endless order as anything else: shuffled over the
+whole set, equal for any number of ranks and workers, and resumed at the exact image.
 """
 
 import contextlib
@@ -16,20 +15,23 @@ import csv
 import hashlib
 import json
 import os
-import struct
 import tarfile
 import time
 import zipfile
+from collections import Counter
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 import numpy as np
 
 from config import UserError
+from images.reader import EXTENSIONS
 from parallel import progress, warn
 
-PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp", ".gif", ".ppm", ".pgm")
-EXTENSIONS = (*PICTURES, ".npy")  # an array (H, W, C) holds what no picture format can
+# Folders that storage and operating systems leave behind: previews, and what was thrown away.
+JUNK = {"@eaDir", "__MACOSX", "#recycle", "$RECYCLE.BIN", "System Volume Information", "lost+found"}
+NEEDS = dict.fromkeys((".heic", ".heif", ".hif"), "pillow-heif")  # packages that read more
+BESIDE = (".json", ".txt")  # what shards hold beside images and classes
 
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nanodinov2"
 SLOW = 0.5  # seconds; an index that is made more quickly is not worth a file
@@ -44,13 +46,14 @@ class Index(NamedTuple):
     slices: np.ndarray  # (n, 3) in shards: number of the shard, offset, size; else (0, 3)
     classes: list  # their names
     shards: list  # paths; [] if every image is a file of its own
+    left_out: dict  # {what kind of file is not read: how many of them}
 
     def name(self, i):
         start = self.ends[i - 1] if i else 0
         return os.fsdecode(self.names[start : self.ends[i]].tobytes())
 
 
-def make_index(names, classes_of, shards=(), slices=()):
+def make_index(names, classes_of, shards=(), slices=(), left_out=()):
     """From a name and a class per image ("" without one). Numbers go by value, words by letter."""
     encoded = [os.fsencode(name) for name in names]
     classes = sorted(set(classes_of) - {""}, key=lambda c: (int(c) if c.isdecimal() else -1, c))
@@ -62,7 +65,20 @@ def make_index(names, classes_of, shards=(), slices=()):
         np.array(slices, np.int64).reshape(-1, 3),
         classes,
         list(shards),
+        dict(left_out),
     )
+
+
+def known(label):
+    """A label as text; "" for what programs write where there is none."""
+    label = str(label).strip()
+    return "" if label.lower() in ("nan", "<na>") else label
+
+
+def kind_of(name):
+    """Under which word a file that is not read is counted: its ending, and what would read it."""
+    ending = os.path.splitext(name)[1].lower() or "no ending"
+    return f"{ending} (pip install {NEEDS[ending]})" if ending in NEEDS else ending
 
 
 # ---- cache --------------------------------------------------------------------------------------
@@ -76,18 +92,19 @@ def cached(key, build, again=False):
     folders.
     """
     file = CACHE / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.npz"
-    with contextlib.suppress(OSError, ValueError, KeyError, struct.error, zipfile.BadZipFile):
-        *arrays, text = map_npz(file).values()
-        classes, shards, watched, before = json.loads(text.tobytes())
+    with contextlib.suppress(OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        with np.load(file) as stored:
+            *arrays, text = stored.values()
+        *rest, watched, before = json.loads(text.tobytes())
         if not again and stamps(watched) == before:
-            return Index(*arrays, classes, shards)
+            return Index(*arrays, *rest)
     start = time.time()
     index, watched = build()
     now = stamps(watched)
     # A change within the resolution of the clock goes unnoticed: what is fresh is not stored.
     settled = all(modified < (start - 2) * 1e9 for modified, _ in now)
     if settled and (again or time.time() - start >= SLOW):
-        text = json.dumps([index.classes, index.shards, watched, now]).encode()
+        text = json.dumps([*index[4:], watched, now]).encode()
         aside = file.with_name(f"{file.stem}.{os.getpid()}.npz")  # other processes write it too
         with contextlib.suppress(OSError):  # no room for a cache: the next start takes as long
             file.parent.mkdir(parents=True, exist_ok=True)
@@ -101,37 +118,6 @@ def stamps(paths):
     return [[s.st_mtime_ns, s.st_size] for s in status]
 
 
-def map_npz(path):
-    """The arrays of an .npz by name, left on the disk until they are used.
-
-    NumPy maps .npy only. But an .npz is a zip, and savez (not savez_compressed) stores its .npy
-    files in it as they are: it is enough to find out where. Compressed ones are read as a whole.
-    """
-    arrays = {}
-    with zipfile.ZipFile(path) as archive, open(path, "rb") as file:
-        for member in archive.infolist():
-            name = member.filename.removesuffix(".npy")
-            if member.compress_type != zipfile.ZIP_STORED:
-                with np.load(path, allow_pickle=False) as whole:
-                    arrays[name] = whole[name]
-                continue
-            file.seek(member.header_offset)
-            name_size, extra_size = struct.unpack("<26x2H", file.read(30))
-            file.seek(name_size + extra_size, os.SEEK_CUR)
-            version = np.lib.format.read_magic(file)
-            read_header = getattr(np.lib.format, f"read_array_header_{version[0]}_0")
-            shape, fortran, dtype = read_header(file)
-            if dtype.hasobject:
-                raise ValueError(f"{name} holds Python objects, which are not loaded")
-            order = "F" if fortran else "C"
-            arrays[name] = (
-                np.memmap(path, dtype, "r", file.tell(), shape, order)
-                if 0 not in shape
-                else np.empty(shape, dtype)
-            )
-    return arrays
-
-
 # ---- folders ------------------------------------------------------------------------------------
 
 
@@ -139,42 +125,39 @@ def index_folder(root, again=False):
     """All images below a folder. Their classes are its first-level sub-folders."""
 
     def build():
-        names, folders = find_images(root)
+        names, folders, left_out = find_images(root)
         classes_of = [name.split(os.sep)[0] if os.sep in name else "" for name in names]
-        return make_index(names, classes_of), folders
+        return make_index(names, classes_of, left_out=left_out), folders
 
     return cached(f"folder {os.path.abspath(root)} {EXTENSIONS}", build, again)
 
 
 def find_images(root):
-    """(paths of image files relative to root, all folders), always in the same order."""
-    found, folders, seen, waiting = [], [], set(), [""]
+    """(paths of images relative to root, all folders, what is left out), always in one order."""
+    root, found, folders, seen, left_out = os.fspath(root), [], [], set(), Counter()
+
+    def unreadable(error):
+        warn(f"{error.filename} is left out: {error.strerror}")
+        left_out["unreadable folder"] += 1
+
     with progress(desc=f"searching {root}", unit=" images") as bar:
-        while waiting:
-            folder = waiting.pop()
-            path = os.path.join(root, folder)
-            try:
-                status = os.stat(path)
-                # Links to folders are followed; one that leads back up would go round for ever.
-                if (status.st_dev, status.st_ino) in seen:
-                    continue
-                seen.add((status.st_dev, status.st_ino))
-                entries = sorted(os.scandir(path), key=lambda entry: entry.name)
-            except OSError as error:
-                warn(f"{path} is left out: {error.strerror}")
+        for path, below, files in os.walk(root, onerror=unreadable, followlinks=True):
+            status = os.stat(path)
+            # Links to folders are followed; one that leads back up would go round for ever.
+            if (status.st_dev, status.st_ino) in seen:
+                below.clear()
                 continue
+            seen.add((status.st_dev, status.st_ino))
             folders.append(path)
-            below, before = [], len(found)
-            for entry in entries:
-                if entry.name.startswith("."):  # thumbnails, and what macOS leaves behind
-                    continue
-                if entry.name.lower().endswith(EXTENSIONS):
-                    found.append(os.path.join(folder, entry.name))
-                elif entry.is_dir():
-                    below.append(os.path.join(folder, entry.name))
-            waiting += reversed(below)
-            bar.update(len(found) - before)
-    return found, folders
+            left_out += Counter(f"folder {name}" for name in below if name in JUNK)
+            below[:] = sorted(n for n in below if n not in JUNK and not n.startswith("."))
+            files = sorted(n for n in files if not n.startswith("."))  # as macOS leaves behind
+            folder = os.path.relpath(path, root) if path != root else ""
+            images = [name for name in files if name.lower().endswith(EXTENSIONS)]
+            left_out += Counter(kind_of(n) for n in files if not n.lower().endswith(EXTENSIONS))
+            found += [os.path.join(folder, name) for name in images]
+            bar.update(len(images))
+    return found, folders, left_out
 
 
 # ---- lists --------------------------------------------------------------------------------------
@@ -188,10 +171,13 @@ def index_list(path):
     path = Path(path)
     separator = {".csv": ",", ".tsv": "\t"}.get(path.suffix.lower())
     try:
-        text = path.read_text(encoding="utf-8-sig", errors="surrogateescape")
+        data = path.read_bytes()
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
-    lines = text.splitlines()
+    utf16 = data.startswith((b"\xff\xfe", b"\xfe\xff"))  # "Unicode text" of Windows
+    if not utf16 and b"\0" in data:
+        raise UserError(f"{path}: not a list in plain text; save it as UTF-8")
+    lines = data.decode("utf-16" if utf16 else "utf-8-sig", "surrogateescape").splitlines()
     rows = csv.reader(lines, delimiter=separator) if separator else ([line] for line in lines)
     names, classes_of, columns = [], [], (0, 1)
     for number, row in enumerate(rows, 1):
@@ -205,7 +191,7 @@ def index_list(path):
         if not name:
             raise UserError(f"{path}, line {number}: a label without an image; write path,label")
         names.append(name)
-        classes_of.append(label)
+        classes_of.append(known(label))
     for name in names[:1000]:  # asking for each of millions would take minutes on a network disk
         if not os.path.exists(path.parent / name):
             raise UserError(f"{path}: {name} does not exist; paths are relative to {path.parent}/")
@@ -216,26 +202,20 @@ def index_list(path):
 
 
 def index_shards(paths, again=False):
-    """One Index of several shards. Each has a cache file of its own, so new ones can be added."""
+    """One Index of several shards."""
     paths = [os.fspath(path) for path in paths]
-    parts = [
-        cached(f"shard {os.path.abspath(p)}", lambda p=p: (index_shard(p), [p]), again)
-        for p in progress(paths, desc="indexing", unit=" shards")
-    ]
-    classes = make_index([], [c for part in parts for c in part.classes]).classes
-    number = {name: i for i, name in enumerate(classes)}
-    labels, ends, slices, start = [], [], [], 0
-    for i, part in enumerate(parts):
-        table = np.array([number[c] for c in part.classes] + [-1], np.int32)  # -1 is the last
-        labels.append(table[part.labels])
-        ends.append(part.ends + start)
-        slices.append(part.slices + np.array([i, 0, 0]))
-        start += len(part.names)
-    index = Index(
-        *map(np.concatenate, ([part.names for part in parts], ends, labels, slices)),
-        classes,
-        paths,
-    )
+
+    def build():
+        names, classes_of, places, left_out = [], [], [], Counter()
+        for number, path in enumerate(progress(paths, desc="indexing", unit=" shards")):
+            for name, label, *place in read_shard(path, left_out):
+                names.append(name)
+                classes_of.append(label)
+                places.append((number, *place))
+        return make_index(names, classes_of, paths, places, left_out), paths
+
+    key = "\n".join(map(os.path.abspath, paths))
+    index = cached(f"shards {key} {EXTENSIONS}", build, again)
     return with_class_names(index, Path(paths[0]).with_name("classes.txt"))
 
 
@@ -250,21 +230,38 @@ def with_class_names(index, path):
     return index._replace(labels=table[index.labels], classes=names)
 
 
-def index_shard(path):
-    """The images of one tar file and where they lie in it. Nothing is ever extracted."""
-    names, places, class_of = [], [], {}
+def read_shard(path, left_out):
+    """[(name, class, offset, size)] of the images in one tar file. Nothing is ever extracted."""
+    images, class_of, seen = [], {}, set()
     for name, offset, size in members(path):
-        folder, _, base = name.rpartition("/")
-        key, low = f"{folder}/{base.partition('.')[0]}", base.lower()
-        if low.endswith(".cls"):
+        if name in seen:  # one would take the label of the other
+            raise UserError(f"{path}: {name} is in it twice; give every sample a name of its own")
+        seen.add(name)
+        stem, ending = os.path.splitext(name)
+        if ending.lower() == ".cls":
             with open(path, "rb") as file:
                 file.seek(offset)
-                class_of[key] = file.read(min(size, 1000)).decode(errors="replace").strip()
-        elif low.endswith(EXTENSIONS) and not base.startswith("."):
-            names.append((name, key))
-            places.append((0, offset, size))
-    classes_of = [class_of.get(key, "") for _, key in names]
-    return make_index([name for name, _ in names], classes_of, [path], places)
+                class_of[stem] = known(file.read(min(size, 1000)).decode(errors="replace"))
+        elif name.rpartition("/")[2].startswith("."):
+            continue
+        elif name.lower().endswith(EXTENSIONS):
+            images.append((name, offset, size))
+        elif ending.lower() not in BESIDE:
+            left_out[kind_of(name)] += 1
+    return [(name, class_in_shard(name, class_of), *place) for name, *place in images]
+
+
+def class_in_shard(name, class_of):
+    """The class of a member: what lies in the .cls of the longest name that it begins with.
+
+    So scan.2024.7.png belongs to scan.2024.7.cls. In WebDataset the name of a sample ends at the
+    first dot: 7.left.png belongs to 7.cls, as there is no 7.left.cls.
+    """
+    while "." in name.rpartition("/")[2]:
+        name = name.rpartition(".")[0]
+        if name in class_of:
+            return class_of[name]
+    return ""
 
 
 def members(path):

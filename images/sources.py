@@ -5,110 +5,41 @@
     source.label(i)    its class as a number, -1 without one
     source.name(i)     what to call it in a message
     source.classes     names of the classes, [] without labels
+    source.left_out    {kind of file that is not read: how many}
 
 data.root (and data.val) names a source; `open_source` tells the kinds apart:
     synthetic          made in memory (images/synthetic.py)
     folder             all images in it and below; its first-level sub-folders are the classes
-    folder with *.tar  shards in WebDataset layout; also x.tar or "some/train-*.tar"
+    folder with *.tar  shards in WebDataset layout; also x.tar, "some/train-*.tar", "x-{00..11}.tar"
     x.txt x.csv x.tsv  a list: path and label of one image a line; paths are relative to the list
-    x.npy x.npz        an array (N, H, W, C), left on the disk; labels in x_labels.npy or the .npz
-Pixels are uint8, or uint16 or float32 where the files have more than 8 bits. A source knows nothing
-of order, crops or ranks: that is data.py.
+    x.npy x.npz        an array (N, H, W, C); labels in x_labels.npy or the .npz. A .npy stays on
+                       the disk, what is in an .npz is read into memory
+Pixels are of one kind: uint8, or where the first image has more, uint16, int16 or float32. A source
+knows nothing of order, crops or ranks: that is data.py.
 """
 
+import copyreg
 import functools
 import glob
-import io
 import os
-import warnings
+import re
 import zipfile
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
 
 from config import UserError
-from images.index import EXTENSIONS, index_folder, index_list, index_shards, make_index, map_npz
+from images.index import index_folder, index_list, index_shards, known, make_index
+from images.reader import EXTENSIONS, other_channels, plain, read_image
+from parallel import warn
 
-# Pillow would try every format it knows whatever a file is called, and hand PostScript to an
-# external program. Training images come from strangers: only plain formats are tried.
-FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF", "PPM")
-MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 LISTS = (".txt", ".csv", ".tsv")
 ARRAYS = (".npy", ".npz")
-
-# Pillow itself refuses 179 million pixels and more (a decompression bomb: a file of a few kB that
-# fills the memory) and warns from the half of it; large photographs are not worth a warning.
-warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+KINDS = ("uint8", "uint16", "int16", "float16", "float32", "float64")
+LABELS = ("labels", "label", "y", "targets", "target")  # names of them in an .npz
 
 SYNTHETIC_IMAGES = {"train": 8_000, "test": 2_000}  # drawn anew at each start
 GIVE_UP = 100  # damaged images in a row: not an accident, the whole source is out of reach
-
-
-# ---- one image ----------------------------------------------------------------------------------
-
-
-def read_image(file, channels=3, dtype=np.uint8):
-    """A picture (path or bytes) as (H, W, channels), upright. Raises if it is damaged.
-
-    dtype=None keeps 16 bits where the file has them.
-    Differs from the official code, which ignores the EXIF orientation: a photograph taken with a
-    turned camera is turned back. The official code also stops the run at a damaged image.
-    """
-    try:
-        image = Image.open(io.BytesIO(file) if isinstance(file, bytes) else file, formats=FORMATS)
-    except UnidentifiedImageError:  # its own message holds a memory address
-        raise ValueError("not a picture, or in a format that is not read") from None
-    with image:
-        # Phones write photographs as MPO, with a preview behind the picture: the first one counts.
-        if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":
-            raise ValueError(f"{image.n_frames} frames in one file; one image is expected")
-        image = ImageOps.exif_transpose(image)  # decodes; a truncated file raises here
-    if channels not in MODES:
-        raise ValueError(f"a {image.mode} picture, but data.channels={channels}: use .npy or .tif")
-    if image.mode == "F":
-        raise ValueError("floating-point pixels have no known range: use .npy")
-    if image.mode.startswith("I"):  # grey with 16 bits
-        grey = np.asarray(image).clip(0, 65535).astype(np.uint16)[:, :, None]
-        return as_dtype(np.repeat(grey, channels, axis=2), dtype)
-    if image.mode == "P":  # a palette may hold transparency, which only RGBA can express
-        image = image.convert("RGBA")
-    if image.mode != MODES[channels]:
-        image = image.convert(MODES[channels])
-    pixels = np.asarray(image)
-    return as_dtype(pixels if pixels.ndim == 3 else pixels[:, :, None], dtype)
-
-
-def decode(data, name, channels, dtype=None):
-    """The bytes of a file as (H, W, channels): a picture, an array, or a TIFF of many bands."""
-    name = name.lower()
-    if name.endswith(".npy"):
-        pixels = np.load(io.BytesIO(data), allow_pickle=False)
-    elif name.endswith((".tif", ".tiff")) and channels not in MODES:
-        try:
-            from tifffile import imread
-        except ImportError:
-            raise ValueError(f"TIFF with {channels} channels needs: pip install tifffile") from None
-        pixels = imread(io.BytesIO(data))
-        if pixels.ndim == 3 and len(pixels) == channels != pixels.shape[2]:
-            pixels = pixels.transpose(1, 2, 0)  # bands are often stored one after the other
-    else:
-        return read_image(data, channels, dtype)
-    pixels = pixels if pixels.ndim == 3 else pixels[:, :, None]
-    if pixels.shape[2] != channels:
-        raise ValueError(f"{pixels.shape[2]} channels, but data.channels={channels}")
-    return as_dtype(pixels, dtype)
-
-
-def as_dtype(pixels, dtype):
-    """8 bits as 16 and back, so that all images of a batch are of one kind."""
-    if dtype is None or pixels.dtype == dtype:
-        return pixels
-    if pixels.dtype == np.uint8 and dtype == np.uint16:
-        return pixels * np.uint16(257)  # 255 becomes 65535
-    if pixels.dtype == np.uint16 and dtype == np.uint8:
-        return (pixels >> 8).astype(np.uint8)
-    raise ValueError(f"{pixels.dtype} values, but {np.dtype(dtype)} in the first image")
 
 
 def read_or_next(source, index):
@@ -124,61 +55,75 @@ def read_or_next(source, index):
             return source.read(at), at, skipped
         # A decoder fed with damaged bytes raises anything, from OSError to struct.error.
         except Exception as error:
-            reason = " ".join(str(error).split())
-            skipped.append(f"{source.name(at)}: {type(error).__name__}: {reason}")
-    raise UserError(f"{len(skipped)} images in a row cannot be read; the first: {skipped[0]}")
+            skipped.append(f"{source.name(at)}: {reason(error)}")
+    many = f"{len(skipped)} images in a row cannot be read; the first: " if skipped[1:] else ""
+    raise UserError(many + skipped[0])
+
+
+def reason(error):
+    """Why an image cannot be read, in one line."""
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 # ---- sources ------------------------------------------------------------------------------------
 
 
-class Arrays:
-    """Images that lie in one array (N, H, W, C)."""
+class Source:
+    """What arrays and files share."""
 
-    def __init__(self, images, labels, classes, title):
-        self.images, self.labels, self.classes, self.title = images, labels, classes, title
-
-    def __len__(self):
-        return len(self.images)
-
-    def read(self, i):
-        return self.images[i]
-
-    def label(self, i):
-        return int(self.labels[i])
-
-    def name(self, i):
-        return f"{self.title}[{i}]"
-
-    # Where workers are not forked (macOS, Windows), they get a pickled copy of the source: of a
-    # mapped array only its place, or every worker would hold all images in memory.
-    def __getstate__(self):
-        x, state = self.images, dict(self.__dict__)
-        if isinstance(x, np.memmap):
-            order = "C" if x.flags.c_contiguous else "F"
-            state["images"] = (x.filename, x.dtype, "r", x.offset, x.shape, order)
-        return state
-
-    def __setstate__(self, state):
-        self.__dict__ = state
-        if isinstance(self.images, tuple):
-            self.images = np.memmap(*self.images)
-
-
-class Files:
-    """Files below a folder, or slices of tar shards, found by images/index.py."""
-
-    def __init__(self, root, index, channels):
-        self.root, self.index, self.channels = root, index, channels
-        self.labels, self.classes = index.labels, index.classes
-        self.dtype = None  # then that of the first image
-        self.dtype = read_or_next(self, 0)[0].dtype
+    def __init__(self, labels, classes, left_out=()):
+        self.labels, self.classes, self.left_out = labels, classes, dict(left_out)
 
     def __len__(self):
         return len(self.labels)
 
+    def label(self, i):
+        return int(self.labels[i])
+
+
+class Arrays(Source):
+    """Images that lie in one array (N, H, W, C)."""
+
+    def __init__(self, images, labels, classes, title):
+        super().__init__(labels, classes)
+        self.images, self.title = images, title
+
     def read(self, i):
-        return decode(self.data(i), self.name(i), self.channels, self.dtype)
+        return plain(self.images[i])
+
+    def name(self, i):
+        return f"{self.title}[{i}]"
+
+
+# Where workers are not forked (macOS, Windows), they get a pickled copy of the source: of a mapped
+# array only its place, or every worker would hold all images in memory.
+def place(x):
+    order = "C" if x.flags.c_contiguous else "F"
+    return np.memmap, (x.filename, x.dtype, "r", x.offset, x.shape, order)
+
+
+copyreg.pickle(np.memmap, place)
+
+
+class Files(Source):
+    """Files below a folder, or slices of tar shards, found by images/index.py."""
+
+    def __init__(self, root, index, channels, max_pixels):
+        super().__init__(index.labels, index.classes, index.left_out)
+        self.root, self.index, self.channels, self.max_pixels = root, index, channels, max_pixels
+        self.dtype = None  # then that of the first image
+        self.dtype = read_or_next(self, 0)[0].dtype
+
+    def read(self, i):
+        pixels = read_image(self.data(i), self.channels, self.max_pixels)
+        if self.dtype in (None, pixels.dtype):
+            return pixels
+        if pixels.dtype == np.uint8 and self.dtype == np.uint16:
+            return pixels * np.uint16(257)  # 255 becomes 65535
+        raise ValueError(
+            f"{pixels.dtype} values from {pixels.min()} to {pixels.max()}, but the first image has "
+            f"{self.dtype}: save all in one kind"
+        )
 
     def data(self, i):
         """The bytes of one file, as they are."""
@@ -188,9 +133,6 @@ class Files:
         with open(self.index.shards[shard], "rb") as file:
             file.seek(offset)
             return file.read(size)
-
-    def label(self, i):
-        return int(self.labels[i])
 
     def name(self, i):
         return self.index.name(i)
@@ -210,55 +152,79 @@ def open_synthetic(split):
 def open_array(path):
     """A .npy of images, or an .npz that holds one array of images and maybe one of labels."""
     try:
-        if path.suffix.lower() == ".npz":
-            arrays = map_npz(path)
-        else:
-            beside = path.with_name(f"{path.stem}_labels.npy")
-            arrays = {path.name: np.load(path, mmap_mode="r", allow_pickle=False)}
-            arrays |= {beside.name: np.load(beside, allow_pickle=False)} if beside.exists() else {}
-    except (OSError, ValueError, zipfile.BadZipFile) as error:
-        raise UserError(f"{path}: not a readable array ({' '.join(str(error).split())})") from None
-    images = {name: a for name, a in arrays.items() if a.ndim in (3, 4)}
+        found = np.load(path, mmap_mode="r", allow_pickle=False)
+        arrays = dict(found) if path.suffix.lower() == ".npz" else {path.name: found}
+        beside = path.with_name(f"{path.stem}_labels.npy")
+        if path.suffix.lower() == ".npy" and beside.exists():
+            arrays["labels"] = np.load(beside, allow_pickle=False)
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        fix = "; save text with .astype(str)" if "Object arrays" in str(error) else ""
+        raise UserError(f"{path}: not a readable array ({reason(error)}){fix}") from None
+    images = [name for name, a in arrays.items() if a.ndim in (3, 4) and name not in LABELS]
     if len(images) != 1:
         held = ", ".join(f"{name} {a.shape}" for name, a in arrays.items()) or "nothing"
         raise UserError(f"{path}: holds {held}; expected one array of images (N, H, W, C)")
-    (images,) = images.values()
+    images = arrays.pop(images[0])
     images = images if images.ndim == 4 else images[..., None]
-    if images.dtype.kind not in "uif" or not len(images):
-        raise UserError(
-            f"{path}: {len(images)} images of {images.dtype}; expected uint8 or float32"
-        )
-    labels = [a for a in arrays.values() if a.ndim == 1 and a.dtype.kind in "ui"]
-    labels = labels[0].tolist() if labels else [-1] * len(images)
-    if len(labels) != len(images):
-        raise UserError(f"{path}: {len(images)} images but {len(labels)} labels")
-    index = make_index([], [str(number) if number >= 0 else "" for number in labels])
+    if not len(images) or images.dtype.name not in KINDS:
+        found = f"{len(images)} images of {images.dtype}"
+        raise UserError(f"{path}: {found}; save them as uint8, uint16, int16 or float32")
+    index = make_index([], labels_of(arrays, len(images), path))
     return Arrays(images, index.labels, index.classes, path.name)
 
 
-def open_files(root, channels, again=False, title=""):
+def labels_of(arrays, n, path):
+    """The class of each of n images as text, "" without one, from the arrays beside the images."""
+    names = [name for name in arrays if name in LABELS] or list(arrays)
+    if not names:
+        return [""] * n
+    labels = arrays[names[0]]
+    whole = labels.dtype.kind != "f" or np.array_equal(labels, labels.round(), equal_nan=True)
+    if len(names) > 1 or labels.shape not in ((n,), (n, 1)) or not whole:
+        held = ", ".join(f"{name} {arrays[name].shape}" for name in names)
+        fix = "give one array `labels`, with a whole number or a word for each image"
+        raise UserError(f"{path}: {n} images but {labels.size} labels in {held}; {fix}")
+    if labels.dtype.kind == "f":
+        labels = np.nan_to_num(labels, nan=-1).astype(int)
+    words = map(known, labels.ravel().astype(str))
+    return ["" if labels.dtype.kind == "i" and word.startswith("-") else word for word in words]
+
+
+def open_files(root, cfg, again=False, title=""):
     """A folder, a list or shards. again: whatever is in the cache, search; title: as in `key=`."""
-    path = Path(root)
+    path, index, shards = Path(root), None, expand(root)
     if path.is_dir():
-        tars = sorted(path.glob("*.tar"))
-    elif path.is_file():
-        tars = [path] if path.suffix == ".tar" else []
-    else:
-        tars = [Path(tar) for tar in sorted(glob.glob(root)) if tar.endswith(".tar")]
-    if tars:
-        index = index_shards(tars, again)
-    elif path.is_dir():
-        index = index_folder(root, again)
+        index, shards = index_folder(root, again), sorted(path.glob("*.tar"))
+    if shards and (index is None or len(shards) >= len(index.ends)):
+        # Where a folder holds both, the fewer are strays: one tar hides no pictures.
+        strays = {"pictures beside shards": len(index.ends)} if index and len(index.ends) else {}
+        index = index_shards(shards, again)
+        index.left_out.update(strays)
     elif path.is_file() and path.suffix.lower() in LISTS:
         index = index_list(path)
-    else:
+    elif index is None:
         kinds = " ".join((*LISTS, *ARRAYS, ".tar"))
         what = "one file of another kind" if path.exists() else "no such folder or file"
         raise UserError(f"{title}{root}: {what}; give a folder or one of {kinds}")
     if not len(index.ends):
         where = "this folder or below" if path.is_dir() else "this file"
         raise UserError(f"{root}: no images in {where}; looked for {' '.join(EXTENSIONS)}")
-    return Files(path if path.is_dir() else path.parent, index, channels)
+    root = path if path.is_dir() else path.parent
+    return Files(root, index, cfg.data.channels, cfg.data.max_pixels)
+
+
+def expand(root):
+    """The shards that x.tar, some/train-*.tar or train-{000000..000011}.tar stands for."""
+    if not root.endswith(".tar"):
+        return []
+    paths = [root] if os.path.isfile(root) else sorted(glob.glob(root))
+    if found := re.fullmatch(r"(.*)\{(\d+)\.\.(\d+)\}(.*)", root):
+        before, first, last, after = found.groups()
+        numbers = (str(n).zfill(len(first)) for n in range(int(first), int(last) + 1))
+        paths = [f"{before}{number}{after}" for number in numbers]
+    if missing := [path for path in paths if not os.path.exists(path)]:
+        raise UserError(f"{root}: no such file: {missing[0]}")
+    return [Path(path) for path in paths]
 
 
 def split_folder(root, split):
@@ -282,17 +248,29 @@ def open_source(root, cfg, split="train", classes=None, again=False, key="data.r
         if root.lower().endswith(ARRAYS):
             source = open_array(Path(root))
         else:
-            source = open_files(root, channels, again, f"{key}=")
+            source = open_files(root, cfg, again, f"{key}=")
     if isinstance(source, Arrays) and source.images.shape[3] != channels:
-        shape, found = source.images.shape, source.images.shape[3]
-        fix = f"set data.channels={found}, with as many numbers in data.mean and data.std"
+        shape = source.images.shape
+        fix = other_channels(shape[3], channels, f" in {shape}")
         if shape[1] == channels:
-            fix = "channels come last, save it as images.transpose(0, 2, 3, 1)"
-        raise UserError(f"{root}: {found} channels in {shape}, but data.channels={channels}: {fix}")
+            fix = f"{shape}: channels come last, save it as images.transpose(0, 2, 3, 1)"
+        raise UserError(f"{root}: {fix}")
     if classes is not None:
         unknown = [name for name in source.classes if name not in classes]
         if unknown:
             raise UserError(f"{root}: class {unknown[0]} is not in the training images; rename it")
         table = np.array([classes.index(name) for name in source.classes] + [-1])  # -1 is the last
         source.labels, source.classes = table[source.labels], classes
+    if channels == 3 and (cfg.augment.jitter or any(cfg.augment.solarize)):
+        warn_of_range(read_or_next(source, 0)[0], root)
     return source
+
+
+def warn_of_range(pixels, root):
+    """Changes of colour cut values off at 0 and 1: RGB in another range is worth a word."""
+    low, high = pixels.min(), pixels.max()
+    if low < 0 or (high > 1 and pixels.dtype.kind == "f"):
+        warn(
+            f"{root}: values from {low:g} to {high:g}, of which changes of colour keep 0 to 1: "
+            "divide them, or set augment.jitter=0 and augment.solarize=[0,0,0]"
+        )

@@ -35,7 +35,7 @@ import torch
 
 from config import UserError, report_errors, take_options, writing
 from data import evaluation_images, open_source
-from images.sources import decode
+from images.reader import read_image
 from parallel import pick_device, progress
 from pictures import history, matching, sheets
 from pictures.neighbours import before_and_after, draw
@@ -71,7 +71,7 @@ class Network:
         """A picture or array as (H, W, C) with the channels of the network."""
         channels, patch = self.cfg.data.channels, self.net.patch
         try:
-            image = decode(Path(file).read_bytes(), str(file), channels)
+            image = read_image(file, channels)
         except Exception as error:  # a decoder fed with damaged bytes raises anything
             reason = " ".join(str(getattr(error, "strerror", None) or error).split())
             reason = reason.partition(", but data.channels")[0]  # a key that cannot be set here
@@ -79,7 +79,7 @@ class Network:
                 f"{file}: {reason}; this network reads images of {channels} channels"
             ) from None
         mean, std = map(np.float32, self.norm)
-        if image.dtype.kind == "f" and not (abs(image - mean) < 30 * std).all():  # nor if NaN
+        if image.dtype.kind == "f" and not (abs(image - mean) < 30 * std).all():
             raise UserError(
                 f"{file}: values from {image.min():g} to {image.max():g}, but this network knows "
                 f"floats around {mean.mean():g}, mostly in 0..1; scale them, or save them as uint8"

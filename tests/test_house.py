@@ -104,13 +104,13 @@ def test_training_loads_little_and_no_tools():
     loaded = set(done.stdout.split())
     files = {name if name in FILES else f"{name}.__init__" for name in loaded} & FILES.keys()
     print(f"\nimport train: {len(files)} files, {lines(files):,} lines")
-    assert "train" in files and len(files) <= 19 and lines(files) <= 4500
+    assert "train" in files and len(files) <= 20 and lines(files) <= 4550
     assert not {name.partition(".")[0] for name in files} & {"pictures", "evals", "bench"}
 
 
 def test_all_tools_together_stay_readable():
     print(f"\nall but tests and scripts: {len(FILES)} files, {lines(FILES):,} lines")
-    assert lines(FILES) <= 10700
+    assert lines(FILES) <= 10850
 
 
 def test_no_room_hides_a_package_of_python_or_of_ours():

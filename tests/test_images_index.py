@@ -7,12 +7,11 @@ import io
 import os
 import tarfile
 
-import numpy as np
 import pytest
 
 from config import UserError
 from images import index
-from images.index import find_images, index_folder, index_list, index_shard, index_shards, map_npz
+from images.index import find_images, index_folder, index_list, index_shards
 
 
 def names_of(found):
@@ -56,14 +55,14 @@ def cache(tmp_path, monkeypatch):
 
 
 def test_an_unchanged_folder_is_not_searched_again(tmp_path, cache, monkeypatch):
-    photos = touch(tmp_path / "photos", "cat/1.jpg", "dog/2.jpg")
+    photos = touch(tmp_path / "photos", "cat/1.jpg", "dog/2.jpg", "dog/2.txt")
     settle(photos, photos / "cat", photos / "dog")
     first = index_folder(photos)
     monkeypatch.setattr(index, "find_images", None)
     again = index_folder(photos)
     assert names_of(again) == names_of(first) == ["cat/1.jpg", "dog/2.jpg"]
     assert again.classes == ["cat", "dog"] and again.labels.tolist() == [0, 1]
-    assert isinstance(again.names, np.memmap)  # all processes share it
+    assert again.left_out == first.left_out == {".txt": 1}
 
 
 def test_a_changed_folder_is_searched_again(tmp_path, cache):
@@ -100,26 +99,6 @@ def test_a_folder_of_many_names_needs_little_more_than_their_letters():
     assert found.name(9_999) == "some/folder/00009999.jpg"
 
 
-@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
-def test_map_npz_equals_load(tmp_path, save):
-    arrays = {
-        "x": np.arange(24, dtype=np.uint16).reshape(2, 3, 4),
-        "fortran": np.asfortranarray(np.arange(6.0).reshape(2, 3)),
-        "empty": np.zeros((0, 3)),
-    }
-    save(tmp_path / "a.npz", **arrays)
-    mapped = map_npz(tmp_path / "a.npz")
-    assert list(mapped) == list(arrays)
-    assert all(np.array_equal(mapped[name], arrays[name]) for name in arrays)
-    assert isinstance(mapped["x"], np.memmap) == (save is np.savez)
-
-
-def test_arrays_of_python_objects_are_not_loaded(tmp_path):
-    np.savez(tmp_path / "a.npz", x=np.array([{"code": "to run"}], dtype=object))
-    with pytest.raises(ValueError, match="Python objects"):
-        map_npz(tmp_path / "a.npz")
-
-
 # ---- folders and lists --------------------------------------------------------------------------
 
 
@@ -139,11 +118,13 @@ def test_unreadable_folders_are_left_out_with_a_warning(tmp_path, capsys):
         ("list.csv", 'a.jpg,cat\n"sub/b c.jpg",dog\n', ["cat", "dog"], [0, 1]),
         ("list.csv", "label,size,path\n,3,a.jpg\ndog,4,sub/b c.jpg\n", ["dog"], [-1, 0]),
         ("list.tsv", "path\tlabel\na.jpg\t10\nsub/b c.jpg\t9\n", ["9", "10"], [1, 0]),
+        ("list.csv", "a.jpg,nan\nsub/b c.jpg,Nan bread\n", ["Nan bread"], [-1, 0]),
     ],
 )
-def test_lists_give_paths_and_labels(tmp_path, name, text, classes, labels):
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_lists_give_paths_and_labels(tmp_path, name, text, classes, labels, encoding):
     touch(tmp_path, "a.jpg", "sub/b c.jpg")
-    (tmp_path / name).write_text(text)
+    (tmp_path / name).write_text(text, encoding)
     found = index_list(tmp_path / name)
     assert names_of(found) == ["a.jpg", "sub/b c.jpg"]
     assert found.classes == classes and found.labels.tolist() == labels
@@ -154,6 +135,7 @@ def test_lists_give_paths_and_labels(tmp_path, name, text, classes, labels):
     [
         ("a.jpg,cat\n,dog\n", "line 2: a label without an image"),
         ("b.jpg\n", "b.jpg does not exist"),
+        ("a\0.\0j\0", "save it as UTF-8"),
     ],
 )
 def test_a_wrong_list_is_one_line(tmp_path, text, message):
@@ -161,6 +143,18 @@ def test_a_wrong_list_is_one_line(tmp_path, text, message):
     (tmp_path / "list.csv").write_text(text)
     with pytest.raises(UserError, match=message):
         index_list(tmp_path / "list.csv")
+
+
+def test_what_is_left_out_of_a_folder_is_counted(tmp_path):
+    touch(tmp_path, "1.jpg", "2.JFIF", "a/3.avif", "a/4.jp2", ".hidden.jpg", "README", "b/5.MOV")
+    touch(tmp_path, "a/6.mov", "old.tar", "@eaDir/7.jpg", "b/__MACOSX/8.jpg", "9.heicx")
+    found = index_folder(tmp_path)
+    read = ["1.jpg", "2.JFIF", "a/3.avif", "a/4.jp2"]
+    assert names_of(found) == read and found.classes == ["a"]
+    assert found.left_out == {
+        ".mov": 2, ".tar": 1, ".heicx": 1, "no ending": 1, "folder @eaDir": 1, "folder __MACOSX": 1,
+    }  # fmt: skip
+    assert index.kind_of("x.HEIC") == ".heic (pip install pillow-heif)"
 
 
 # ---- shards -------------------------------------------------------------------------------------
@@ -171,21 +165,48 @@ def test_a_shard_gives_places_and_labels(tmp_path):
         tmp_path / "a.tar",
         {"x/1.jpg": b"first", "x/1.cls": b"7", "x/1.json": b"{}", "2.PNG": b"second"},
     )
-    found = index_shard(path)
+    found = index_shards([path])
     assert names_of(found) == ["x/1.jpg", "2.PNG"]
     assert found.classes == ["7"] and found.labels.tolist() == [0, -1]
     data = path.read_bytes()
     assert [data[o : o + n] for _, o, n in found.slices] == [b"first", b"second"]
 
 
+def test_names_with_dots_keep_their_own_labels(tmp_path):
+    """As long as possible, and up to the first dot (WebDataset's rule) where there is no other."""
+    members = {"7.left.jpg": b"x", "7.right.png": b"x", "7.cls": b"4", "7.json": b"{}"}
+    for i in range(3):
+        members |= {f"a/scan.2024.{i}.png": b"x", f"a/scan.2024.{i}.cls": b"%d" % i}
+    members |= {"b/scan.2024.0.png": b"x", "b/scan.2024.9.cls": b"9", "7.mp4": b"x"}
+    found = index_shards([write_tar(tmp_path / "a.tar", members)])
+    labels = dict(zip(names_of(found), found.labels.tolist(), strict=True))
+    classes = {name: found.classes[n] if n >= 0 else "" for name, n in labels.items()}
+    assert classes == {
+        "7.left.jpg": "4", "7.right.png": "4", "a/scan.2024.0.png": "0", "a/scan.2024.1.png": "1",
+        "a/scan.2024.2.png": "2", "b/scan.2024.0.png": "",
+    }  # fmt: skip
+    assert found.left_out == {".mp4": 1}
+
+
+@pytest.mark.parametrize("name", ["1.jpg", "1.cls"])
+def test_a_name_that_comes_again_in_a_shard_is_refused(tmp_path, name):
+    path = write_tar(tmp_path / "a.tar", {"1.jpg": b"x", "1.cls": b"1"})
+    with tarfile.open(path, "a") as tar:
+        tar.addfile(tarfile.TarInfo(name))
+    with pytest.raises(UserError, match=rf"a\.tar: {name} is in it twice"):
+        index_shards([path])
+
+
 def test_several_shards_are_one_index(tmp_path):
     for name, label in [("a", b"10"), ("b", b"9"), ("c", b"10")]:
-        write_tar(tmp_path / f"{name}.tar", {f"{name}.jpg": b"x", f"{name}.cls": label})
+        members = {f"{name}.jpg": b"x", f"{name}.cls": label, f"{name}.mov": b"x"}
+        write_tar(tmp_path / f"{name}.tar", members)
     paths = sorted(tmp_path.glob("*.tar"))
     found = index_shards(paths)
     assert names_of(found) == ["a.jpg", "b.jpg", "c.jpg"]
     assert found.slices[:, 0].tolist() == [0, 1, 2]
     assert [found.classes[label] for label in found.labels] == ["10", "9", "10"]
+    assert found.left_out == {".mov": 3}
     (tmp_path / "classes.txt").write_text("".join(f"class {i}\n" for i in range(11)))
     found = index_shards(paths)
     assert [found.classes[label] for label in found.labels] == ["class 10", "class 9", "class 10"]
@@ -216,15 +237,15 @@ def test_a_shard_with_hostile_members_is_refused_and_extracts_nothing(tmp_path, 
 def test_a_truncated_shard_gives_its_good_part_and_a_warning(tmp_path, capsys):
     path = write_tar(tmp_path / "a.tar", {f"{i}.jpg": bytes(700) for i in range(4)})
     whole = path.read_bytes()
-    assert len(index_shard(path).ends) == 4 and capsys.readouterr().err == ""
+    assert len(index_shards([path]).ends) == 4 and capsys.readouterr().err == ""
     size = 512 + 1024  # of a member: its header and its padded content
     for cut, good in [(4 * size, 4), (4 * size - 400, 3), (3 * size + 100, 3), (size + 512, 1)]:
         path.write_bytes(whole[:cut])
-        assert len(index_shard(path).ends) == good
+        assert len(index_shards([path]).ends) == good
         assert "is truncated" in capsys.readouterr().err
 
 
 def test_what_is_no_tar_gives_nothing_and_a_warning(tmp_path, capsys):
     (tmp_path / "a.tar").write_bytes(b"this is not a tar file" * 100)
-    assert len(index_shard(tmp_path / "a.tar").ends) == 0
+    assert len(index_shards([tmp_path / "a.tar"]).ends) == 0
     assert "not an uncompressed tar" in capsys.readouterr().err

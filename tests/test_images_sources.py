@@ -1,11 +1,11 @@
-"""Every kind of image becomes uint8 (H, W, C), any folder is a source, damage raises.
+"""A folder, a list, shards and arrays are sources, with the values and labels that they hold.
 
 Run: pytest tests/test_images_sources.py       (seconds; files are written to a temporary folder)
 """
 
+import os
 import pickle
-import struct
-import zlib
+import tarfile
 
 import numpy as np
 import pytest
@@ -13,7 +13,7 @@ from PIL import Image
 
 from config import Config, UserError
 from images import sources
-from images.sources import open_source, read_image
+from images.sources import open_source
 
 
 def picture(mode="RGB", width=6, height=4):
@@ -30,64 +30,6 @@ def small_folder(root, *names):
 
 def names_of(source):
     return [source.name(i) for i in range(len(source))]
-
-
-# ---- one image ----------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("mode", ["L", "LA", "RGB", "RGBA", "P", "CMYK", "1", "I;16"])
-@pytest.mark.parametrize("channels", [1, 3, 4])
-def test_every_kind_of_pixel_becomes_the_wanted_channels(tmp_path, mode, channels):
-    file = tmp_path / ("x.tif" if mode == "CMYK" else "x.png")
-    image = picture("L") if mode == "I;16" else picture(mode)
-    if mode == "I;16":
-        image = Image.fromarray(np.asarray(image).astype(np.uint16) << 8)
-    image.save(file)
-    pixels = read_image(file, channels)
-    assert pixels.shape == (4, 6, channels) and pixels.dtype == np.uint8
-    if mode in ("L", "I;16"):
-        assert np.array_equal(pixels[:, :, 0], np.asarray(picture("L")))
-    if mode == "RGB" and channels == 3:
-        assert np.array_equal(pixels, np.asarray(picture()))
-
-
-def test_a_photograph_taken_sideways_is_turned_upright(tmp_path):
-    exif = Image.Exif()
-    exif[0x0112] = 6  # "turn by 90 degrees to see it"
-    picture().save(tmp_path / "x.png", exif=exif)
-    expected = np.asarray(picture().rotate(-90, expand=True))
-    assert np.array_equal(read_image(tmp_path / "x.png"), expected)
-
-
-def png_header(width, height):
-    chunk = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    data = (
-        b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + chunk + struct.pack(">I", zlib.crc32(chunk))
-    )
-    return data + struct.pack(">I", 0) + b"IDAT" + struct.pack(">I", zlib.crc32(b"IDAT"))
-
-
-def damaged_files(tmp_path):
-    picture(width=60, height=40).save(tmp_path / "whole.jpg")
-    whole = (tmp_path / "whole.jpg").read_bytes()
-    picture().save(
-        tmp_path / "film.gif", save_all=True, append_images=[picture("L")], loop=0, duration=9
-    )
-    return {
-        "truncated": whole[: len(whole) // 2],
-        "empty": b"",
-        "text": b"this is not a picture",
-        "bomb": png_header(20_000, 20_000),
-        "film": (tmp_path / "film.gif").read_bytes(),
-        "postscript": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n",
-    }
-
-
-@pytest.mark.parametrize("kind", ["truncated", "empty", "text", "bomb", "film", "postscript"])
-def test_damaged_files_raise(tmp_path, kind):
-    (tmp_path / "x.jpg").write_bytes(damaged_files(tmp_path)[kind])
-    with pytest.raises(Exception, match=r"truncated|not a picture|exceeds limit|2 frames"):
-        read_image(tmp_path / "x.jpg")
 
 
 # ---- folders ------------------------------------------------------------------------------------
@@ -125,13 +67,42 @@ def test_a_loop_of_links_ends(tmp_path):
 def test_a_missing_or_empty_folder_is_one_line(tmp_path):
     with pytest.raises(UserError, match=r"data\.root=.*missing: no such folder or file; give a"):
         open_source(tmp_path / "missing", Config())
-    with pytest.raises(UserError, match=r"no images in this folder or below; looked for \.jpg"):
+    with pytest.raises(UserError, match=r"no images in this folder or below; looked for .*\.jpg"):
         open_source(tmp_path, Config())
     (tmp_path / "a.jpg").touch()
     with pytest.raises(UserError, match=r"a\.jpg: one file of another kind; give a"):
         open_source(tmp_path / "a.jpg", Config())
     with pytest.raises(UserError, match=r"data\.root is empty"):
         open_source("", Config())
+
+
+def write_tar(path, folder):
+    with tarfile.open(path, "w") as tar:
+        for file in sorted(folder.iterdir()):
+            tar.add(file, file.name)
+
+
+def test_a_stray_tar_hides_no_pictures_and_a_stray_picture_no_shards(tmp_path):
+    small_folder(tmp_path / "photos", *(f"{i}.png" for i in range(4)))
+    write_tar(tmp_path / "photos" / "old.tar", tmp_path / "photos")
+    source = open_source(tmp_path / "photos", Config())
+    assert names_of(source) == [f"{i}.png" for i in range(4)] and source.left_out == {".tar": 1}
+    for i in range(3):
+        write_tar(small_folder(tmp_path / "shards", "look.png") / f"{i}.tar", tmp_path / "photos")
+    source = open_source(tmp_path / "shards", Config())
+    assert len(source) == 12 and source.left_out == {".tar": 3, "pictures beside shards": 1}
+
+
+def test_braces_name_a_row_of_shards(tmp_path):
+    small_folder(tmp_path / "photos", "1.png")
+    for i in (8, 9, 10):
+        write_tar(tmp_path / f"a-{i:02}.tar", tmp_path / "photos")
+    source = open_source(tmp_path / "a-{08..10}.tar", Config())
+    assert [os.path.basename(p) for p in source.index.shards] == [
+        "a-08.tar", "a-09.tar", "a-10.tar",
+    ]  # fmt: skip
+    with pytest.raises(UserError, match=r"no such file: .*a-11\.tar"):
+        open_source(tmp_path / "a-{08..11}.tar", Config())
 
 
 # ---- more than 8 bits, more than 3 channels -----------------------------------------------------
@@ -176,6 +147,43 @@ def test_sixteen_bit_pictures_keep_their_bits(tmp_path):
     assert np.array_equal(source.read(1)[:, :, 0] // 257, np.asarray(picture("L")))  # one kind
 
 
+def test_of_several_kinds_of_values_the_narrower_are_named_with_their_range(tmp_path):
+    picture("L").save(tmp_path / "1.png")
+    Image.fromarray(np.array([[7, 4095]], np.uint16)).save(tmp_path / "2.png")
+    np.save(tmp_path / "3.npy", np.zeros((2, 2, 1)))
+    source = open_source(tmp_path, config_for(1))
+    assert source.read(0).dtype == np.uint8
+    for i, kind in [(1, "uint16 values from 7 to 4095"), (2, "float32 values from 0.0 to 0.0")]:
+        with pytest.raises(ValueError, match=f"{kind}, but the first image has uint8: save all"):
+            source.read(i)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_pixels_that_are_no_numbers_are_damage(tmp_path, bad):
+    images = np.full((3, 8, 8, 3), 0.5)
+    images[1, 2, 2, 0] = bad
+    np.save(tmp_path / "all.npy", images)
+    (tmp_path / "each").mkdir()
+    for i, image in enumerate(images):
+        np.save(tmp_path / "each" / f"{i}.npy", image)
+    for name in ("all.npy", "each"):
+        source = open_source(tmp_path / name, Config())
+        assert source.read(0).dtype == np.float32
+        with pytest.raises(ValueError, match="NaN or infinite pixels"):
+            source.read(1)
+        assert "NaN or infinite" in sources.read_or_next(source, 1)[2][0]
+
+
+def test_colours_out_of_range_are_warned_of(tmp_path, capsys):
+    np.save(tmp_path / "x.npy", np.linspace(0, 255, 4 * 8 * 8 * 3).reshape(4, 8, 8, 3))
+    cfg = Config()
+    open_source(tmp_path / "x.npy", cfg)
+    assert "x.npy: values from 0 to 63.5" in capsys.readouterr().err
+    cfg.augment.jitter, cfg.augment.solarize = 0, (0, 0, 0)
+    open_source(tmp_path / "x.npy", cfg)
+    assert not capsys.readouterr().err
+
+
 def test_a_mapped_array_is_not_copied_to_the_workers(tmp_path):
     images = np.zeros((100, 20, 20, 3), np.uint8)
     images[7] = 7
@@ -183,6 +191,28 @@ def test_a_mapped_array_is_not_copied_to_the_workers(tmp_path):
     source = open_source(tmp_path / "x.npy", Config())
     sent = pickle.dumps(source)
     assert len(sent) < 2000 and np.array_equal(pickle.loads(sent).read(7), images[7])
+
+
+@pytest.mark.parametrize(
+    ("labels", "classes", "numbers"),
+    [
+        (np.array(["b", "a", "nan", ""]), ["a", "b"], [1, 0, -1, -1]),
+        (np.array([b"b", b"a", b"a", b"c"]), ["a", "b", "c"], [1, 0, 0, 2]),
+        (np.array([[10], [9], [-1], [9]]), ["9", "10"], [1, 0, -1, 0]),
+        (np.array([[1.0], [0.0], [np.nan], [1.0]]), ["0", "1"], [1, 0, -1, 1]),
+        (np.array([3, 3, 200, 0], np.uint8), ["0", "3", "200"], [1, 1, 2, 0]),
+        (np.array([True, False, True, True]), ["False", "True"], [1, 0, 1, 1]),
+    ],
+)
+def test_labels_of_every_kind_are_understood(tmp_path, labels, classes, numbers):
+    images = np.zeros((4, 8, 8, 3), np.uint8)
+    np.savez(tmp_path / "x.npz", images=images, anything=labels)
+    np.savez(tmp_path / "y.npz", ids=np.arange(4), labels=labels, images=images)
+    np.save(tmp_path / "z.npy", images)
+    np.save(tmp_path / "z_labels.npy", labels)
+    for name in ("x.npz", "y.npz", "z.npy"):
+        source = open_source(tmp_path / name, Config())
+        assert source.classes == classes and source.labels.tolist() == numbers
 
 
 @pytest.mark.parametrize(
@@ -197,6 +227,11 @@ def test_a_mapped_array_is_not_copied_to_the_workers(tmp_path):
         ),
         ({"y": np.zeros(3, int)}, "expected one array of images"),
         ({"x": np.zeros((0, 8, 8, 3))}, "0 images of float64"),
+        ({"x": np.zeros((4, 8, 8, 3), int)}, "4 images of int64; save them as uint8"),
+        ({"x": np.zeros((4, 8, 8, 3)), "y": np.eye(4)}, r"4 images but 16 labels in y \(4, 4\)"),
+        ({"x": np.zeros((4, 8, 8, 3)), "y": np.full(4, 0.5)}, "a whole number or a word for each"),
+        ({"x": np.zeros((4, 8, 8, 3)), "a": np.zeros(4), "b": np.zeros(4)}, "give one array"),
+        ({"x": np.zeros((4, 8, 8, 3)), "y": np.array(["a"] * 4, object)}, r"\.astype\(str\)"),
     ],
 )
 def test_an_array_that_cannot_be_used_is_one_line(tmp_path, arrays, message):
@@ -210,7 +245,7 @@ def test_files_of_other_channels_are_one_line(tmp_path):
     many_channels(tmp_path, 5)
     with pytest.raises(UserError, match=r"5 channels, but data\.channels=3"):
         open_source(tmp_path, Config())
-    with pytest.raises(UserError, match=r"RGB picture, but data\.channels=5"):
+    with pytest.raises(UserError, match=r"a\.jpg: 3 channels, but data\.channels=5: set"):
         open_source(small_folder(tmp_path / "rgb", "a.jpg"), config_for(5))
 
 

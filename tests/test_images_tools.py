@@ -172,6 +172,41 @@ def test_stats_are_those_of_numpy(photos, tmp_path, capsys):
     assert (tmp_path / "damaged.txt").read_text().startswith("dog/999.jpg: not a picture")
 
 
+def test_stats_name_the_damaged_images_and_write_only_what_is_asked_for(
+    photos, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    (photos / "film.mov").touch()
+    for i in range(12):
+        (photos / "dog" / f"x{i:02}.jpg").write_bytes(b"")
+    run("stats", photos)
+    said = capsys.readouterr().out
+    assert "damaged   12\n          dog/x00.jpg: not a picture" in said
+    assert "dog/x09.jpg" in said and "dog/x10.jpg" not in said and "and 2 more; to=" in said
+    assert "left out: 1 .mov\n" in said and not list(tmp_path.glob("*.txt"))
+    assert "a run would stop" not in said  # 12 stop none
+    for i in range(12, 21):
+        (photos / "dog" / f"x{i:02}.jpg").write_bytes(b"")
+    run("stats", photos)
+    assert "a run would stop: that is more than data.max_damaged=0.01" in capsys.readouterr().out
+    run("stats", photos, "data.max_damaged=0.9")
+    assert "a run would stop" not in capsys.readouterr().out
+
+
+def test_packed_and_shrunk_images_keep_their_kind_of_values(tmp_path):
+    rng = np.random.default_rng(0)
+    for i, side in enumerate((20, 60)):
+        values = rng.integers(4000, 4096, size=(side, side), dtype=np.uint16)
+        (tmp_path / "photos").mkdir(exist_ok=True)
+        Image.fromarray(values).save(tmp_path / "photos" / f"{i}.png")
+    run("pack", tmp_path / "photos", f"to={tmp_path / 'shards'}", "short=30", "data.channels=1")
+    cfg = Config()
+    cfg.data.channels = 1
+    packed = open_source(tmp_path / "shards", cfg)
+    assert [packed.read(i).dtype for i in range(2)] == [np.uint16, np.uint16]
+    assert packed.read(1).shape == (30, 30, 1) and 4000 < packed.read(1).mean() < 4096
+
+
 def test_stats_of_a_sample_and_of_sixteen_bits(tmp_path, capsys):
     rng = np.random.default_rng(0)
     np.save(tmp_path / "x.npy", rng.integers(65536, size=(9, 8, 8, 5), dtype=np.uint16))
@@ -186,9 +221,11 @@ def test_stats_of_a_sample_and_of_sixteen_bits(tmp_path, capsys):
 
 
 def test_index_and_show_say_what_is_there(photos, tmp_path, capsys):
+    (photos / "film.mov").touch()
     run("index", photos)
     said = capsys.readouterr().out
-    assert "24 images in" in said and "2 classes of 12 to 12 images" in said
+    assert "24 images in" in said and "2 classes of 12 to 12 images: cat 12, dog 12" in said
+    assert "left out: 1 .mov\n" in said and "every image has a class" in said
     run("show", photos, f"to={tmp_path / 'crops.png'}")
     assert Image.open(tmp_path / "crops.png").width > 500
 

@@ -287,7 +287,7 @@ def test_the_islands_of_the_readme_are_those_that_the_script_draws(tmp_path):
             "pca run bright.npy",
             "bright.npy: values from 0 to 255, but this network knows floats around 0.5",
         ),
-        ("match run a.jpg nan.npy", "nan.npy: values from nan to nan, but"),
+        ("match run a.jpg nan.npy", "nan.npy: NaN or infinite pixels"),
         ("pca run a.jpg shifts=9", "shifts=9: a patch has 8 pixels"),
         ("pca run a.jpg size=big", "size must be a whole number, got big"),
         ("pca run a.jpg size=-8", "size=-8: must be 0 or more"),
