@@ -36,6 +36,7 @@ import torch
 from config import UserError, report_errors, take_options, writing
 from data import evaluation_images, open_source
 from images.reader import read_image
+from images.sources import Arrays
 from parallel import pick_device, progress
 from pictures import history, matching, sheets
 from pictures.neighbours import before_and_after, draw
@@ -71,7 +72,7 @@ class Network:
         """A picture or array as (H, W, C) with the channels of the network."""
         channels, patch = self.cfg.data.channels, self.net.patch
         try:
-            image = read_image(file, channels)
+            image = read_image(file, channels, max_pixels=0)
         except Exception as error:  # a decoder fed with damaged bytes raises anything
             reason = " ".join(str(getattr(error, "strerror", None) or error).split())
             reason = reason.partition(", but data.channels")[0]  # a key that cannot be set here
@@ -197,25 +198,11 @@ def keypoint_title(found, points, size, alpha):
 # ---- neighbours ---------------------------------------------------------------------------------
 
 
-class Pictures:
+def unlabelled(network, files):
     """Image files as a source without labels, for the network that they are shown to."""
-
-    classes = ()
-
-    def __init__(self, network, files):
-        self.files, self.images = files, [network.read(file) for file in files]
-
-    def __len__(self):
-        return len(self.files)
-
-    def read(self, i):
-        return self.images[i]
-
-    def label(self, i):
-        return -1
-
-    def name(self, i):
-        return self.files[i]
+    source = Arrays([network.read(file) for file in files], [-1] * len(files), [], "")
+    source.name = files.__getitem__
+    return source
 
 
 def neighbours(network, files, o, path):
@@ -228,7 +215,7 @@ def neighbours(network, files, o, path):
     if files:
         pool = open_source(cfg.data.root, cfg)
         networks = {f"most similar of {len(pool):,} images (cosine of [CLS])": network.net}
-        return draw(networks, Pictures(network, files), pool, cfg, path, o.count)
+        return draw(networks, unlabelled(network, files), pool, cfg, path, o.count)
     source = open_source(cfg.data.root, cfg)
     return before_and_after(network.net, evaluation_images(cfg), source, cfg, path, 0, o.count)
 

@@ -169,7 +169,7 @@ def test_queries_of_8_and_of_16_bits_are_read_alike(place):
     np.save(place / "flat.npy", pixels)
     network = visualize.Network(place / "run")
     flat, deep = place / "flat.npy", place / "deep.npy"
-    pool, asking = (visualize.Pictures(network, files) for files in ([flat], [flat, deep]))
+    pool, asking = (visualize.unlabelled(network, files) for files in ([flat], [flat, deep]))
     [[one], [same]] = neighbours.nearest(network.net, asking, pool, network.cfg, 1)
     assert one[0] > 0.999 and same[0] > 0.999
 
