@@ -95,7 +95,7 @@ def draw_colour(rng, strength, kind):
         grey=rng.random() < strength.grey,
         # The official configuration reads 1.0, 0.1, 0.5, but its code applies the complement. What
         # took effect, and trained the released models, is 0.0, 0.9, 0.5: our defaults.
-        # Ablation: augment.blur=[1.0,0.1,0.5] is what was intended.
+        # Ablation: `augment.blur=[1.0,0.1,0.5]` is what was intended.
         blur=sigma * (rng.random() < strength.blur[kind]),
         solarize=rng.random() < strength.solarize[kind],
     )
@@ -253,7 +253,7 @@ def solarize(x_NCSS, look):
 
 
 # In this order; the names are those of Colour.
-# Ablation: leave one out, or set its probability to 0.
+# Ablation: `OPERATIONS = {"grey": grey, "blur": blur, "solarize": solarize}`, without jitter.
 OPERATIONS = {"jitter": jitter, "grey": grey, "blur": blur, "solarize": solarize}
 
 

@@ -100,9 +100,9 @@ def build_centers(cfg):
 
 def targets(score_NK, temp, centers, loss):
     """Teacher scores -> target probabilities (N, K), by the centre of that loss or by Sinkhorn."""
-    # Ablation: return (score_NK / temp).softmax(dim=1), and watch the teacher collapse.
     if loss in centers:
         return centers[loss](score_NK, temp)
+    # Ablation: `return (score_NK / temp).softmax(dim=1)`, and watch the teacher collapse.
     return sinkhorn_knopp(score_NK, temp)
 
 
@@ -141,8 +141,9 @@ def teach_student(student, batch, told, weights, rng=None, kept=None, overwrite=
     overwrite  these targets are for no other student, see ibot_loss
     """
     T, indices = LARGE_CROPS, batch.mask_indices if weights.ibot else None
-    # Ablation: pass masks=None, and iBOT becomes plain distillation of visible patches.
     crops = [c for c in (batch.global_crops, batch.local_crops) if len(c)]
+    # Ablation: `said = student(crops, None, indices, rng=rng, kept=kept)` hides nothing, and iBOT
+    # becomes plain distillation of visible patches.
     said = student(crops, batch.masks, indices, rng=rng, kept=kept)
 
     # [CLS] of the masked crops enters DINO and KoLeo too: there is no second, unmasked pass.
@@ -220,5 +221,6 @@ def start_values(cfg):
 @torch.no_grad()
 def ema_update(teacher, student, momentum):
     """teacher <- momentum * teacher + (1 - momentum) * student, heads included (buffers: none)."""
-    # Ablation: momentum 0 copies the student; with softmax centering the two collapse.
+    # Ablation: `torch._foreach_lerp_(list(teacher.parameters()), list(student.parameters()), 1.0)`
+    # copies the student; with softmax centering the two collapse.
     torch._foreach_lerp_(list(teacher.parameters()), list(student.parameters()), 1 - momentum)

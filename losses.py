@@ -156,7 +156,8 @@ def dino_loss(score_SBK, target_TBK, temp=0.1):
     large = small = score_SBK.new_zeros((), dtype=torch.float32)
     for s, score_BK in enumerate(score_SBK.unbind(0)):
         if s < T:
-            # Ablation: pass sum_BK here too, and a crop also predicts itself.
+            # Ablation: `large = large + CrossEntropy.apply(score_BK, sum_BK, weight_B, temp)`, and
+            # a crop also predicts itself.
             large = large + CrossEntropy.apply(score_BK, sum_BK - target_TBK[s], weight_B, temp)
         else:
             small = small + CrossEntropy.apply(score_BK, sum_BK, weight_B, temp)

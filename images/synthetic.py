@@ -29,8 +29,10 @@ PALETTES = {
 COPIES = 14
 RADIUS = (0.12, 0.155)  # of the image's side: shown at 32 pixels, a glyph is 8 to 10 wide
 LIGHT = (0.8, 1.1)  # brightness of a copy
-TINT = 0.2  # colour noise of a copy. Ablation: 0.03 -> purer palettes, untrained network 38 -> 55 %
-SCATTER = 0.08  # how far a copy strays from an even spread. Ablation: 0.01 -> raw pixels reach 60 %
+# Ablation: `TINT = 0.03` makes purer palettes: the untrained network reaches 55 % instead of 38.
+TINT = 0.2  # colour noise of a copy
+# Ablation: `SCATTER = 0.01` spreads copies evenly: raw pixels reach 60 %.
+SCATTER = 0.08  # how far a copy strays from an even spread
 GROUND = (0.12, 0.12, 0.20)  # ink blue
 CLOUDS, GRAIN = 0.06, 0.012  # how much the ground drifts, and how much single pixels do
 
