@@ -35,7 +35,6 @@ import data
 from augment import colour
 from config import UserError, report_errors
 from dinov2 import ask_teacher, build_centers, build_network, ema_update, teach_student
-from monitor.report import Reporter, finished
 from monitor.watch import Watch
 from optim import clip_each_part, compress, forget_moments, param_groups, schedules, set_schedule
 from parallel import (
@@ -136,6 +135,8 @@ class Run:
 
     def finished(self):
         """What to say of a run that has nothing left to do, else ""."""
+        from monitor.report import finished  # rooms open where they are needed
+
         return finished(self.cfg) if self.start == self.cfg.steps else ""
 
     def open(self, source, held_out, name="", known=None):
@@ -144,6 +145,8 @@ class Run:
         name   of one student among several
         known  figures to put beside the first evaluation
         """
+        from monitor.report import Reporter
+
         self.source, self.held_out, self.known = source, held_out, known or {}
         self.report = Reporter(
             self.cfg, source, held_out, self.student, self.device, self.start, name

@@ -29,7 +29,6 @@ from pathlib import Path
 import numpy as np
 
 from config import UserError
-from images.index import index_folder, index_list, index_shards, known, make_index
 from images.reader import EXTENSIONS, other_channels, plain, read_image
 from parallel import warn
 
@@ -169,6 +168,8 @@ def open_array(path):
     if not len(images) or images.dtype.name not in KINDS:
         found = f"{len(images)} images of {images.dtype}"
         raise UserError(f"{path}: {found}; save them as uint8, uint16, int16 or float32")
+    from images.index import make_index
+
     index = make_index([], labels_of(arrays, len(images), path))
     return Arrays(images, index.labels, index.classes, path.name)
 
@@ -178,6 +179,8 @@ def labels_of(arrays, n, path):
     names = [name for name in arrays if name in LABELS] or list(arrays)
     if not names:
         return [""] * n
+    from images.index import known
+
     labels = arrays[names[0]]
     whole = labels.dtype.kind != "f" or np.array_equal(labels, labels.round(), equal_nan=True)
     if len(names) > 1 or labels.shape not in ((n,), (n, 1)) or not whole:
@@ -192,6 +195,8 @@ def labels_of(arrays, n, path):
 
 def open_files(root, cfg, again=False, title=""):
     """A folder, a list or shards. again: whatever is in the cache, search; title: as in `key=`."""
+    from images.index import index_folder, index_list, index_shards
+
     path, index, shards = Path(root), None, expand(root)
     if path.is_dir():
         index, shards = index_folder(root, again), sorted(path.glob("*.tar"))
