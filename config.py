@@ -176,6 +176,7 @@ class Log:
     every: int = 10  # steps between lines of progress
     knn_every: int = 12500  # steps between k-NN evaluations; 0: only at the end
     save_every: int = 3750  # steps between checkpoints, of which the last two are kept
+    keep_every: int = 0  # steps between teachers that are kept, as out/teachers/*.pt; 0: none
     pictures: bool = True  # curves, crops and neighbours in the run folder
     tensorboard: bool = False  # also write TensorBoard files (pip install tensorboard)
     wandb: str = ""  # project name: also send the log to Weights & Biases; empty: do not

@@ -40,8 +40,8 @@ from dinov2 import ask_teacher, build_network, ibot_prototypes
 from parallel import process_group, wrap
 from train import Run, follow, print_once, train_heads
 from vit import SIZES
-from weights.load import teacher_file
-from weights.start import put_parts, read_parts, vit_of
+from weights.load import architecture, contents, teacher_file, vit_of
+from weights.start import put_parts
 
 
 @report_errors
@@ -58,7 +58,7 @@ def distill(cfg, students, device):
     source = data.open_source(cfg.data.root, cfg, "train")
     held_out = data.evaluation_images(cfg)
     teacher = open_teacher(cfg, device)
-    runs = [Run(each, device) for each in students]
+    runs = [Run(each, device, source) for each in students]
     for run in runs:
         if words := run.finished():
             print_once(words)
@@ -131,7 +131,8 @@ def open_teacher(cfg, device):
         network = build_network(its, student=False)
     wrap(network, its, train=False)
     network.to_empty(device=device)
-    put_parts([network], parts, its.vit, title(path))
+    how = its.vit.interpolate_offset, its.vit.interpolate_antialias
+    put_parts([network], parts, how, title(path))
     return network.requires_grad_(False).eval()
 
 
@@ -141,12 +142,14 @@ def title(path):
 
 def read_teacher(path, cfg):
     """(weights by part, Config) of a teacher: its own network, on the machine of cfg."""
-    parts, about = read_parts(path)
+    parts, about = contents(path)
     if "config" in about:
         its = config.from_dict(about["config"], str(path))
     else:  # a released file: the weights tell what network it is
         its = copy.deepcopy(cfg)
-        vit_of(parts["backbone"], about, its.vit, path)
+        vit_of(architecture(parts["backbone"], path, about), its.vit)
+        if images := about.get("images"):
+            its.data.mean, its.data.std = tuple(images["mean"]), tuple(images["std"])
     for key in ("precision", "device", "parallel", "attention", "compile"):
         setattr(its, key, getattr(cfg, key))
     return parts, its

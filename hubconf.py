@@ -5,7 +5,7 @@
     torch.hub.load(..., "dinov2_vitl14", source="local", pretrained=False, img_size=224)
 
 dinov2_vits14, dinov2_vitb14, dinov2_vitl14, dinov2_vitg14, and each with _reg: the network as
-released. `forward`, `forward_features` and `get_intermediate_layers` are the official ones. Not
+released, with the methods, attributes and keywords of the official class (weights/plain.py). Not
 here are the heads for classes and depth (_lc, _ld, _dd). The files of this folder are modules with
 plain names (config, data, ...): a program that has imported its own by such a name cannot use both.
 """
@@ -13,7 +13,9 @@ plain names (config, data, ...): a program that has imported its own by such a n
 import torch as _torch
 
 import vit as _vit
+from config import UserError as _UserError
 from weights import load as _weights
+from weights.plain import plain as _plain
 
 dependencies = ["torch", "numpy", "yaml", "tqdm", "safetensors"]
 _SIZES = {"s": "small", "b": "base", "l": "large", "g": "giant2"}
@@ -28,7 +30,11 @@ _OPTIONS = {
     "drop_path_uniform": "drop_path_uniform",
     "interpolate_offset": "interpolate_offset",
     "interpolate_antialias": "interpolate_antialias",
+    "ffn_layer": "ffn",
 }
+_FFN = {"mlp": "mlp", "swiglu": "swiglu", "swiglufused": "swiglu"}
+# Keywords that have one value here.
+_FIXED = {"block_chunks": 0, "mlp_ratio": 4, "qkv_bias": True, "proj_bias": True, "ffn_bias": True}
 
 
 def _entry_point(name):
@@ -42,22 +48,30 @@ def _entry_point(name):
             "interpolate_offset": 0.0 if registers else 0.1,
             "interpolate_antialias": bool(registers),
         }
+        for key in _FIXED.keys() & options.keys():
+            if (value := options.pop(key)) != _FIXED[key]:
+                raise _UserError(f"{name}: {key}={value} is not built here, but {_FIXED[key]}")
         options = {_OPTIONS.get(key, key): value for key, value in options.items()}
+        if "ffn" in options:
+            options["ffn"] = _FFN[options["ffn"]]
+        if "image_size" in options:  # officially, what is over after the last patch is ignored
+            options["image_size"] -= options["image_size"] % options.get("patch", 14)
         if not pretrained:
-            return _vit.VisionTransformer(size, **as_released | options).eval()
+            return _plain(_vit.VisionTransformer(size, **as_released | options)).eval()
         with _torch.device("meta"):  # shapes only: the values come from the file
             backbone = _vit.VisionTransformer(size, **as_released | options)
         path = _weights.teacher_file(name if weights == "LVD142M" else weights)
-        state, _ = _weights.contents(path)
-        _weights.fill(backbone, state, path, f"the file is not of {name} with these options")
-        return backbone.eval()
+        parts, _ = _weights.contents(path)
+        fix = f"the file is not of {name} with these options"
+        _weights.fill(backbone, parts["backbone"], path, fix)
+        return _plain(backbone).eval()
 
     load.__name__ = name
     load.__doc__ = f"""DINOv2 ViT-{size}/14 with {registers} registers.
 
     pretrained  False: random weights, as training begins
     weights     "LVD142M" (the released ones, fetched once), or a file or run folder of ours
-    options     of the network, by their official names: {", ".join(_OPTIONS)}
+    options     of the network, by their official names: {", ".join(_OPTIONS | _FIXED)}
     """
     return load
 

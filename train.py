@@ -119,14 +119,14 @@ class Run:
     `teacher` is the moving average of the student: what is evaluated, and written to teacher.pt.
     """
 
-    def __init__(self, cfg, device):
-        """Build it, and continue where an interrupted run has stopped."""
+    def __init__(self, cfg, device, source):
+        """Build it, and continue where an interrupted run over these images has stopped."""
         self.cfg, self.device = cfg, device
         self.student, self.teacher, self.centers, self.optimizer = build(cfg, device)
         self.model = replicate(self.student, cfg)
         self.scaler = torch.amp.GradScaler(device.type, enabled=cfg.precision == "fp16")
         networks = self.student, self.teacher
-        self.saved = Checkpoints(cfg, *networks, self.centers, self.optimizer, self.scaler)
+        self.saved = Checkpoints(cfg, *networks, self.centers, self.optimizer, self.scaler, source)
         self.start = self.saved.load()
         if self.start == 0 and cfg.init_from:
             from weights.start import start_from
@@ -222,7 +222,7 @@ def train(cfg, device):
     """One run, from opening its images to its report."""
     source = data.open_source(cfg.data.root, cfg, "train")
     held_out = data.evaluation_images(cfg)
-    run = Run(cfg, device)
+    run = Run(cfg, device, source)
     if words := run.finished():
         return print_once(words)
     run.open(source, held_out)
@@ -271,7 +271,8 @@ def save_or_leave(runs, done, watch):
     """After so many steps: a checkpoint of each run where it is due, and the end if asked to."""
     cfg = runs[0].cfg
     asked_to_stop = watch.check(done - 1)
-    if done % cfg.log.save_every == 0 or done == cfg.steps or asked_to_stop:
+    every = [n for n in (cfg.steps, cfg.log.save_every, cfg.log.keep_every) if n]
+    if asked_to_stop or any(done % n == 0 for n in every):
         asked_to_stop = watch.check(done)  # a step that was not finite spoils the centres: no save
         for run in runs:
             run.report.tell_skipped()

@@ -282,7 +282,7 @@ def finished(cfg):
         knn = f", k-NN {summary['knn']:.1f} %" if summary.get("knn") is not None else ""
         return (
             f"{cfg.out} is finished ({cfg.steps:,} steps{knn}): nothing to do; "
-            "set out= for a new run"
+            f"set out= for a new run; to train on, let it start with init_from={cfg.out}"
         )
     return ""
 

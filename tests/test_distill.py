@@ -27,8 +27,7 @@ from dinov2 import ask_teacher, build_network
 from optim import schedules
 from vit import SIZES, VisionTransformer
 from weights import checkpoint
-from weights.load import load_backbone
-from weights.start import vit_of
+from weights.load import architecture, load_backbone, vit_of
 
 # The parts of PyTorch that write checkpoints say so in every process that is the only one.
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
@@ -327,7 +326,7 @@ def test_the_weights_of_a_backbone_tell_what_network_it_is(size, registers):
     with torch.device("meta"):
         state = VisionTransformer(size, 14, 28, registers=registers).state_dict()
     vit = config.Vit()
-    vit_of(state, {}, vit, "x")
+    vit_of(architecture(state, "x", {}), vit)
     assert (vit.size, vit.patch, vit.registers) == (size, 14, registers)
     assert vit.ffn == SIZES[size][3]
     assert vit.interpolate_antialias == (registers > 0)

@@ -18,7 +18,7 @@ CORE = {"vit", "heads", "losses", "augment", "dinov2", "optim", "attention"}
 DOORS = {
     "data": {"images.sources"},
     "eval_knn": {"weights.load", "evals.cache"},
-    "hubconf": {"weights.load"},
+    "hubconf": {"weights.load", "weights.plain"},
     "train": {
         "weights.checkpoint",
         "weights.start",
@@ -110,7 +110,7 @@ def test_training_loads_little_and_no_tools():
 
 def test_all_tools_together_stay_readable():
     print(f"\nall but tests and scripts: {len(FILES)} files, {lines(FILES):,} lines")
-    assert lines(FILES) <= 10850
+    assert lines(FILES) <= 11400
 
 
 def test_no_room_hides_a_package_of_python_or_of_ours():

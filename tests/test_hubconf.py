@@ -15,6 +15,7 @@ import hubconf
 from config import UserError
 from vit import VisionTransformer
 from weights.load import RELEASED
+from weights.plain import plain
 
 
 def hub(name, **options):
@@ -42,8 +43,8 @@ def test_an_entry_point_is_used_as_the_official_one_is(tmp_path):
 def test_options_have_their_official_names():
     options = {"img_size": 24, "patch_size": 4, "num_register_tokens": 2, "in_chans": 5}
     model = hub("dinov2_vits14_reg", pretrained=False, **options, init_values=1.0)
-    # test_vit.py has the golden numbers of this class, whose interface is the official one.
-    assert type(model) is VisionTransformer
+    # test_vit.py has the golden numbers of the class that it equals.
+    assert isinstance(model, VisionTransformer)
     assert model.pos_embed.shape == (1, 37, 384) and model.registers == 2
     assert model(torch.randn(1, 5, 8, 8)).shape == (1, 384)
     assert (model.blocks[0].ls1.gamma == 1).all()
@@ -51,6 +52,62 @@ def test_options_have_their_official_names():
     assert found == ["x", "n", "reshape", "return_class_token", "norm"]
     with pytest.raises(TypeError, match="img_sise"):
         hub("dinov2_vits14_reg", pretrained=False, img_sise=24)
+
+
+OFFICIAL = {"patch_size": 14, "num_features": 384, "embed_dim": 384, "num_heads": 6, "n_blocks": 12,
+            "num_register_tokens": 4, "num_tokens": 1, "chunked_blocks": False}  # fmt: skip
+
+
+@torch.no_grad()
+def test_code_for_the_official_module_finds_what_it_uses():
+    options = {"block_chunks": 0, "ffn_layer": "mlp", "img_size": 526}
+    model = hub("dinov2_vits14_reg", pretrained=False, **options)
+    assert {key: getattr(model, key) for key in OFFICIAL} == OFFICIAL
+    assert model.pos_embed.shape == (1, 37**2 + 1, 384) and model.patch_embed.num_patches == 37**2
+    image, masks, hooked = torch.randn(2, 3, 28, 42), torch.rand(2, 6) > 0.5, []
+    model.blocks[-1].attn.qkv.register_forward_hook(lambda *args: hooked.append(args[2].shape))
+    x = model.prepare_tokens_with_masks(image, masks)
+    for block in model.blocks:
+        x = block(x)
+    features = model.forward_features(image, masks)
+    close(model.norm(x)[:, 0], features["x_norm_clstoken"], 0)
+    assert hooked[0] == (2, 1 + 4 + 6, 3 * 384)
+    both = model([image, image[:, :, :14]], is_training=True)
+    close(both[0]["x_norm_clstoken"], model.head(model(image)), 0)
+    with pytest.raises(UserError, match="block_chunks=4 is not built here, but 0"):
+        hub("dinov2_vits14", pretrained=False, block_chunks=4)
+
+
+@pytest.mark.parametrize("registers", [0, 4])
+@torch.no_grad()
+def test_tools_of_pytorch_work_on_a_network_of_the_hub(registers):
+    net = VisionTransformer("nano", 14, 70, registers=registers, layerscale=1,
+                            interpolate_antialias=bool(registers)).eval()  # fmt: skip
+    model, images = plain(net), [torch.randn(2, 3, *size) for size in ((70, 70), (28, 84))]
+    traced = torch.jit.trace(model, torch.randn(1, 3, 56, 42), check_trace=False)
+    quantized = torch.ao.quantization.quantize_dynamic(model, {torch.nn.Linear})
+    assert sum("quantized" in type(m).__module__ for m in quantized.modules()) >= 4 * net.depth
+    for image in images:
+        close(model(image), net(image), 1e-5)
+        close(traced(image), net(image), 1e-5)
+        assert 0 < (quantized(image) - net(image)).abs().max() < 0.5
+
+
+@pytest.mark.parametrize("offset, antialias", [(0.1, False), (0.0, False), (0.0, True)])
+@torch.no_grad()
+def test_positions_by_arithmetic_are_those_of_the_network(offset, antialias):
+    net = VisionTransformer("nano", 14, 70, interpolate_offset=offset,
+                            interpolate_antialias=antialias)  # fmt: skip
+    for grid in (5, 5), (1, 2), (3, 9), (5, 7), (37, 2):
+        found, expected = (n.interpolate_pos_encoding(*grid) for n in (plain(net), net))
+        close(found, expected, 1e-6)  # values of 0.02
+
+
+def test_stochastic_depth_keeps_whole_images():
+    model = hub("dinov2_vits14", pretrained=False, img_size=28, drop_path_rate=0.5).train()
+    x = torch.randn(8, 5, 384)
+    changed = (model.blocks[0].add(x, lambda x: x + 1) != x).flatten(1)
+    assert changed.all(dim=1).sum() == changed.any(dim=1).sum() == 4
 
 
 def test_there_is_an_entry_point_for_each_released_name_and_nothing_else():

@@ -24,7 +24,7 @@ from running import (
     tiny,
 )
 
-from config import UserError
+from config import Config, UserError, to_dict
 from weights import checkpoint
 from weights.load import load_backbone
 
@@ -146,6 +146,31 @@ def test_a_file_that_is_no_teacher_is_one_line(tmp_path):
         load_backbone(tmp_path)
 
 
+# ---- the same run? ------------------------------------------------------------------------------
+
+
+def test_a_data_set_that_was_moved_continues(tmp_path, out, photos):
+    moved = shutil.copytree(photos, tmp_path / "elsewhere")
+    done = run(tmp_path, tiny(out, f"{moved}/../elsewhere/"))
+    assert done.code == 0 and "continues after step 8" in done.out, done.err
+
+
+def test_other_images_are_refused_wherever_they_lie(tmp_path, out, photos):
+    other = shutil.copytree(photos, tmp_path / "other")
+    (other / "train" / "dark" / "0.png").rename(other / "train" / "dark" / "new.png")
+    refused = run(tmp_path, tiny(out, other))
+    assert refused.code == 2 and refused.err.count("\n") == 1
+    assert "other images: 30 in 2 classes, now 30 in 2 classes or of other names" in refused.err
+
+
+def test_more_steps_are_refused_and_a_finished_run_says_how_to_go_on():
+    cfg, images = Config(out="runs/x", steps=200), checkpoint.fingerprint([])
+    for step, said in (50, "or steps=100 to continue"), (100, "or init_from=runs/x there to go on"):
+        card = {"step": step, "config": to_dict(Config(steps=100)), "images": images}
+        with pytest.raises(UserError, match=f"started with steps=100, now it is 200: .*{said}"):
+            checkpoint.check_same(card, cfg, images)
+
+
 # ---- saving -------------------------------------------------------------------------------------
 
 
@@ -155,6 +180,18 @@ def test_the_last_two_are_kept_with_nothing_beside_them(tmp_path, out, photos):
     assert run(tmp_path, tiny(out, photos)).code == 0
     assert [p.name for p in sorted((out / "checkpoints").iterdir())] == ["0000008", "0000012"]
     assert not list(out.rglob("*.part"))
+
+
+def test_every_nth_teacher_is_kept_and_opens_by_its_path(tmp_path, photos):
+    words = ["log.keep_every=3", "log.save_every=100", "steps=8", "log.knn_every=0"]
+    out = tmp_path / "run"
+    assert run(tmp_path, tiny(out, photos, *words)).code == 0
+    kept = sorted((out / "teachers").iterdir())
+    assert [path.name for path in kept] == ["0000003.pt", "0000006.pt"]
+    assert [checkpoint.read(path)["step"] for path in kept] == [3, 6]
+    states = [load_backbone(path).state_dict() for path in (*kept, out)]
+    norms = [state["norm.bias"] for state in states]
+    assert not torch.equal(norms[0], norms[1]) and not torch.equal(norms[1], norms[2])
 
 
 @pytest.mark.parametrize("share", [0.0, 0.5, 0.999])

@@ -3,6 +3,8 @@
 Run: pytest tests/test_weights_export.py        (seconds; other sizes and ONNX, a minute: -m slow)
 """
 
+import json
+
 import pytest
 import torch
 from test_readme import README, commands
@@ -12,7 +14,7 @@ from test_weights_load import lively
 from config import Config, UserError, to_dict
 from vit import VisionTransformer
 from weights import export
-from weights.load import load_backbone
+from weights.load import contents, load_backbone, teacher_file
 
 
 def network(registers=0, **options):
@@ -28,8 +30,10 @@ def network(registers=0, **options):
     return net.eval()
 
 
-def written(net, path, size=(42, 56)):
-    export.export(net, path, *size)
+def written(net, path, size=(42, 56), **options):
+    cfg = Config()
+    cfg.data.mean, cfg.data.std = (0.5, 0.4, 0.3), (0.2, 0.3, 0.1)
+    export.export(net, cfg, path, size, **options)
     return path
 
 
@@ -51,10 +55,23 @@ def test_pth_is_a_state_dict_under_the_released_names(tmp_path):
     assert torch.equal(load_backbone(path)(image), net(image))
 
 
+IMAGES = {"channels": 3, "mean": [0.5, 0.4, 0.3], "std": [0.2, 0.3, 0.1], "size": [42, 56]}
+
+
+@pytest.mark.parametrize("name", ["x.pth", "x.safetensors", "folder"])
+def test_weights_say_how_to_feed_them_and_are_fed_so(tmp_path, name, capsys):
+    path = written(network(registers=2), tmp_path / name)
+    assert capsys.readouterr().err == ""
+    assert contents(teacher_file(path))[1]["images"] == IMAGES
+    _, cfg = load_backbone(path, with_config=True)
+    assert (list(cfg.data.mean), list(cfg.data.std)) == (IMAGES["mean"], IMAGES["std"])
+    assert cfg.crops.global_size == 42 and capsys.readouterr().err == ""
+
+
 @torch.no_grad()
-def assert_same(run, net, size):
+def assert_same(run, net, *sizes):
     """run(images) is what the network says, for any number of images."""
-    for count in 3, 1, 2:
+    for count, size in zip((3, 1, 2), (sizes * 3)[:3], strict=True):
         images = torch.randn(count, 3, *size)
         features = net.forward_features(images)
         cls, patches = run(images)
@@ -66,7 +83,23 @@ def assert_same(run, net, size):
 def test_an_exported_program_gives_the_same_for_any_number_of_images(tmp_path):
     net = network(registers=4)
     path = written(net, tmp_path / "x.pt2")
-    assert_same(torch.export.load(path).module(), net, (42, 56))
+    extra = {"nanodinov2": ""}
+    assert_same(torch.export.load(path, extra_files=extra).module(), net, (42, 56))
+    assert json.loads(extra["nanodinov2"])["images"] == IMAGES
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", ["pt2", "onnx"])
+@pytest.mark.parametrize("registers", [0, 4])
+def test_an_exported_network_of_free_size_gives_the_same_at_any(tmp_path, registers, form):
+    net, sizes = network(registers), [(70, 70), (42, 112), (140, 28)]
+    if form == "pt2":
+        path = written(net, tmp_path / "x.pt2", "free")
+        return assert_same(torch.export.load(path).module(), net, *sizes)
+    runtime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    session = runtime.InferenceSession(written(net, tmp_path / "x.onnx", "free"))
+    assert_same(lambda images: session.run(None, {"images": images.numpy()}), net, *sizes)
 
 
 @pytest.mark.slow
@@ -86,6 +119,8 @@ def test_onnx_gives_the_same(tmp_path, registers):
     net = network(registers)
     session = runtime.InferenceSession(written(net, tmp_path / "x.onnx"))
     assert [x.name for x in session.get_outputs()] == ["cls", "patches"]
+    about = session.get_modelmeta().custom_metadata_map["nanodinov2"]
+    assert json.loads(about)["images"] == IMAGES
     assert_same(lambda images: session.run(None, {"images": images.numpy()}), net, (42, 56))
 
 
@@ -112,12 +147,14 @@ def test_a_run_is_exported_from_the_command_line(run_folder, capsys):
         export.main([str(run_folder), str(path)])
         assert f"wrote {path}" in capsys.readouterr().out
         assert torch.equal(load_backbone(path)(images), expected)
+    export.main([str(run_folder), str(run_folder / "out.pt2")])
+    assert "out.pt2 for images of 16 x 16 px" in capsys.readouterr().out
 
 
 def readme_commands():
     for words in commands(README, "weights/export.py"):
         form = words[1].rpartition(".")[2]
-        marks = {"safetensors": (), "pth": ()}.get(form, pytest.mark.slow)
+        marks = {"safetensors": (), "pth": (), "folder": ()}.get(form, pytest.mark.slow)
         yield pytest.param(words, id=" ".join(words), marks=marks)
 
 
@@ -126,11 +163,15 @@ def test_a_command_of_the_readme_runs(run_folder, words):
     if words[1].endswith(".onnx"):
         pytest.importorskip("onnxscript")
     export.main([str(run_folder), str(run_folder / words[1]), *words[2:]])
-    assert (run_folder / words[1]).stat().st_size > 4e6  # 1.2 million parameters
+    written = run_folder / words[1]
+    largest = max(path.stat().st_size for path in (written, *written.glob("*")))
+    assert largest > 4e6  # 1.2 million parameters
 
 
 BAD = [
     (["{run}", "x.gguf"], "use one of .safetensors .pth .pt2 .onnx"),
+    (["{run}", "x.pt2", "format=timm"], "use one of .safetensors .pth; or format="),
+    (["{run}", "x.pt2", "format=tim"], "or format= says it: released, timm, torch"),
     (["{run}", "x.pt2", "size=20"], "size=20x20: height and width must be multiples of 8"),
     (["{run}", "x.pt2", "size=16xa"], "write size=224, or size=98x126"),
     (["{run}", "x.pt2", "16"], "write size=224, or size=98x126"),
@@ -152,4 +193,4 @@ def test_bad_input_is_one_line(run_folder, capsys, words, expected):
 def test_a_missing_package_is_named_with_the_remedy(tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "onnxscript", None)
     with pytest.raises(UserError, match=r"x\.onnx: .*pip install onnx onnxscript"):
-        export.export_network(network(), tmp_path / "x.onnx", 28, 28)
+        written(network(), tmp_path / "x.onnx")

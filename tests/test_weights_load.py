@@ -166,6 +166,20 @@ def test_a_run_of_a_gpu_opens_anywhere(tmp_path):
     assert cfg.attention == "auto" and net(torch.zeros(1, 3, 16, 16)).isfinite().all()
 
 
+def test_a_file_that_does_not_say_how_its_images_were_normalised_says_what_is_assumed(
+    tmp_path, capsys
+):
+    for channels, mean in (3, 0.485), (5, 0.5):
+        net = VisionTransformer((384, 1, 6, "mlp"), 14, 28, channels=channels)
+        path = saved(net.state_dict(), tmp_path / "x.pth")
+        _, cfg = load_backbone(path, with_config=True)
+        assert len(cfg.data.mean) == len(cfg.data.std) == channels and cfg.data.mean[0] == mean
+        warned = capsys.readouterr().err
+        assert warned.count("\n") == 1 and f"assumed are data.mean=[{mean:g}, " in warned
+    load_backbone(saved(released(side=2), tmp_path / "dinov2_vits14_pretrain.pth"), True)
+    assert capsys.readouterr().err == ""  # ImageNet's for sure
+
+
 # ---- files that are wrong -----------------------------------------------------------------------
 
 
@@ -201,10 +215,10 @@ def one_that_is_no_tensor(state):
 BAD = [
     (without, "norm.bias is missing"),
     (without_a_block, "blocks.0.norm1.weight is missing"),
-    (of_another_network, "head.weight has no place in this network"),
+    (of_another_network, "head.weight is in none of the known layouts"),
     (narrow, r"blocks.1.mlp.fc1.bias is \(3,\), here it is \(1536,\)"),
     (flat, r"patch_embed.proj.weight is \(384, 588\), not of 4 axes"),
-    (oblong, "pos_embed has 13 rows, not those of a square"),
+    (oblong, r"pos_embed is \(1, 13, 384\), here it is \(1, 10, 384\)"),
     (one_that_is_no_tensor, "not weights of a backbone by name"),
     (dict.clear, "not weights of a backbone by name"),
 ]
@@ -241,6 +255,27 @@ def test_a_missing_or_damaged_file_is_one_line(tmp_path, ending):
 class Code:
     def __reduce__(self):
         return sys.exit, ("code of the file has run",)
+
+
+def test_what_torch_does_not_load_is_said_in_our_words(tmp_path):
+    torch.save({"norm.bias": torch.zeros(3), "x": hashlib.sha256}, tmp_path / "x.pth")
+    (tmp_path / "y.pth").write_text("version https://git-lfs.github.com/spec/v1")
+    for name, said in ("x", "it holds _hashlib.openssl_sha256, and only"), ("y", "not of torch"):
+        with pytest.raises(UserError, match=said) as error:
+            load_backbone(tmp_path / f"{name}.pth")
+        assert str(error.value).isprintable() and len(str(error.value)) < 200
+
+
+def test_a_folder_without_weights_names_the_run_folder_above_it(tmp_path, monkeypatch):
+    (tmp_path / "run" / "checkpoints" / "0000012").mkdir(parents=True)
+    saved({}, tmp_path / "run" / "teacher.pt")
+    for folder in "checkpoints/0000012", "checkpoints":
+        with pytest.raises(UserError, match=f"give the run folder {tmp_path / 'run'}, or"):
+            load_backbone(tmp_path / "run" / folder)
+    with pytest.raises(UserError, match=r"no teacher.pt, model.safetensors, .* in this folder"):
+        load_backbone(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert weights.teacher_file("~/run") == tmp_path / "run" / "teacher.pt"
 
 
 def test_code_in_a_file_never_runs(tmp_path):

@@ -15,12 +15,13 @@ from PIL import Image
 from running import ROOT, log_of, make_photos, run, tensors_of, tiny
 from safetensors.torch import save_file
 
-from config import Config, UserError, documented, load, lookup
+from config import UserError, documented, load, lookup
 from optim import compress
 from train import build, outline
 from vit import VisionTransformer
 from weights.checkpoint import read
-from weights.start import adapt, read_parts, start_from, to_channels
+from weights.load import contents
+from weights.start import adapt, start_from, to_channels
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 
@@ -37,7 +38,7 @@ def rgb(tmp_path_factory):
 
 def read_state(path):
     """The backbone in a file."""
-    return read_parts(path)[0]["backbone"]
+    return contents(path)[0]["backbone"]
 
 
 def network(channels=3):
@@ -65,11 +66,24 @@ def test_positions_are_resized_as_the_official_code_does(side, offset, antialias
         old = torch.from_numpy(file["pos_embed"])
         kind = f"offset{offset}_{'aa' if antialias else 'noaa'}"
         expected = torch.from_numpy(file[f"{kind}/{side}x{side}"])
-    vit = Config().vit
-    vit.interpolate_offset, vit.interpolate_antialias = offset, antialias
-    weights, notes = adapt({"pos_embed": old}, {"pos_embed": expected.shape}, vit, "x")
+    shapes = {"pos_embed": expected.shape}
+    weights, notes = adapt({"pos_embed": old}, shapes, (offset, antialias), "x")
     torch.testing.assert_close(weights["pos_embed"], expected, rtol=0, atol=1e-5)
     assert notes and f"resized to {side} x {side}" in notes[0]
+
+
+@torch.no_grad()
+def test_positions_of_a_register_file_are_resized_by_its_convention(tmp_path):
+    old = VisionTransformer("nano", 8, 40, registers=4, interpolate_offset=0.0,
+                            interpolate_antialias=True)  # fmt: skip
+    torch.save(old.state_dict(), tmp_path / "x.pth")
+    line = tiny(tmp_path, "synthetic", f"init_from={tmp_path / 'x.pth'}", "vit.registers=4")
+    cfg = load(line[0], line[1:])
+    cfg.vit.layerscale = 1.0
+    student, teacher, *_ = build(cfg, torch.device("cpu"))
+    said = start_from(cfg, student, teacher)
+    assert torch.equal(teacher.backbone.pos_embed, old.interpolate_pos_encoding(2, 2))
+    assert "vit.interpolate_offset=0.0 and vit.interpolate_antialias=true: set both" in said
 
 
 def config_of(rgb, *words):
@@ -87,6 +101,13 @@ def test_student_and_teacher_both_start_from_the_file_and_the_heads_are_new(rgb)
         for name, value in net.named_parameters():
             part, _, key = name.partition(".")
             assert torch.equal(value, saved[key] if part == "backbone" else fresh[name]), name
+
+
+def test_images_that_are_normalised_in_another_way_are_said(rgb):
+    for words, said in ([], False), (["data.mean=[.1,.2,.3]"], True):
+        cfg = config_of(rgb, *words)
+        notes = start_from(cfg, *build(cfg, torch.device("cpu"))[:2])
+        assert ("which was trained with data.mean=[0.5, 0.5, 0.5]" in notes) == said
 
 
 def test_a_released_layout_gives_the_same_as_a_run(rgb, tmp_path):
@@ -172,6 +193,19 @@ def test_heads_come_along_if_asked_for(rgb):
         for name, value in net.named_parameters():
             part, _, key = name.partition(".")
             assert torch.equal(value, saved[part][key]), name
+
+
+@pytest.mark.parametrize("prefix", ["head.", "dino_head."])
+def test_heads_of_a_trainer_come_along_too(rgb, tmp_path, prefix):
+    parts, _ = contents(rgb / "teacher.pt")
+    state = {f"backbone.{name}": value for name, value in parts["backbone"].items()}
+    state |= {prefix + name: value for name, value in parts["dino_head"].items()}
+    torch.save({"teacher": state}, tmp_path / "x.pth")
+    cfg = config_of(rgb, f"init_from={tmp_path / 'x.pth'}", "init_heads=true")
+    student, teacher, *_ = build(cfg, torch.device("cpu"))
+    assert "the heads are those of the file" in start_from(cfg, student, teacher)
+    for name, value in teacher.dino_head.named_parameters():
+        assert torch.equal(value, parts["dino_head"][name]), name
 
 
 @pytest.mark.parametrize(

@@ -9,15 +9,18 @@ its shards, and reading cuts them anew, so a run continues on any number of rank
         shard-00001-....safetensors     the tensors of the first rank, and so on
         run.json                        step, config, and the checksum of each file
     RUN/checkpoints/0002000.part/       being written, or left by a kill; never read
-    RUN/teacher.pt                      the product: backbone (keys as in the released checkpoints),
-                                        dino_head, ibot_head, config, step
+    RUN/teacher.pt                      the product: backbone, dino_head, ibot_head, config, step
+    RUN/teachers/0001000.pt             the same after so many steps, where log.keep_every says so
 
 Ranks on several machines need a RUN folder that they share. Safetensors and json hold no code, and
 teacher.pt is read with weights_only=True: loading never runs code.
 """
 
+import argparse
 import json
 import os
+import pickle
+import re
 import shutil
 import warnings
 import zipfile
@@ -31,7 +34,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_optimizer_state_dict
 
-from config import Config, UserError, to_dict
+from config import UserError, documented, from_dict, lookup, shown, to_dict
 from parallel import lists_of_ranks, ranks
 
 KEEP = 2  # one to continue from, one in case that one is damaged
@@ -44,10 +47,10 @@ class Checkpoints:
     save() copies the state to CPU memory and returns: the loop goes on while a thread writes.
     """
 
-    def __init__(self, cfg, student, teacher, centers, optimizer, scaler):
-        self.cfg, self.networks, self.centers = cfg, (student, teacher), centers
+    def __init__(self, cfg, student, teacher, centers, optimizer, scaler, source=()):
+        self.cfg, self.images, self.writing = cfg, fingerprint(source), None
+        self.networks, self.centers = (student, teacher), centers
         self.optimizer, self.scaler = optimizer, scaler
-        self.writing = None
         # A new thread begins on GPU 0, and would take memory there for each rank of the machine.
         gpu = torch.cuda.current_device() if torch.cuda.is_initialized() else -1  # -1: leave it
         self.thread = ThreadPoolExecutor(1, initializer=torch.cuda.set_device, initargs=(gpu,))
@@ -72,7 +75,8 @@ class Checkpoints:
     def save(self, step):
         """Take what the run is after `step` steps; all ranks call it. Raises like wait()."""
         self.wait()
-        card = {"step": step, "config": to_dict(self.cfg), "scaler": self.scaler.state_dict()}
+        card = {"step": step, "config": to_dict(self.cfg), "images": self.images,
+                "scaler": self.scaler.state_dict()}  # fmt: skip
         # Plain copies, by a stager for each save: that of PyTorch 2.11 does not serve a second one.
         stager = DefaultStager(StagingOptions(False, False, False, False))
         copy = stager.stage(self.tensors())
@@ -99,7 +103,7 @@ class Checkpoints:
         for folder in reversed(folders):
             try:
                 card = verified(folder, self.group)
-                check_same(card["config"], self.cfg)
+                check_same(card, self.cfg, self.images)
                 reader = dcp.HuggingFaceStorageReader(str(folder))
                 dcp.load(self.tensors(), storage_reader=reader, process_group=self.group)
             except Damaged as error:
@@ -112,9 +116,7 @@ class Checkpoints:
                 self.scaler.load_state_dict(card["scaler"])
             return card["step"]
         if folders:
-            raise UserError(
-                f"{self.cfg.out}: no checkpoint can be read; delete the folder or use another out="
-            )
+            raise UserError(f"{self.cfg.out}: no checkpoint can be read; use another out=")
         return 0
 
 
@@ -146,7 +148,9 @@ def write(tensors, card, run, group):
         if first:
             card["files"] = dict(sums)
             write_file(aside / "run.json", lambda file: file.write(json.dumps(card).encode()))
-            export_teacher(aside, run / "teacher.pt")  # now, as a complete checkpoint has one
+            export_teacher(aside, card, run / "teacher.pt")  # a complete checkpoint has one
+            if (every := card["config"]["log"]["keep_every"]) and card["step"] % every == 0:
+                export_teacher(aside, card, run / "teachers" / f"{folder.name}.pt")
             discard(folder)  # a step that was saved before, by a run that was then set back
             os.replace(aside, folder)
             for old in checkpoints(run)[:-KEEP]:
@@ -158,24 +162,19 @@ def write(tensors, card, run, group):
         raise UserError(f"{folder}: cannot be written ({reason(error)})") from None
 
 
-def export_teacher(folder, path):
+def export_teacher(folder, card, path):
     """Write the teacher of a checkpoint, whole and under plain names, to one file."""
     reader = dcp.HuggingFaceStorageReader(str(folder))
     stored = reader.read_metadata().state_dict_metadata
     whole = {k: torch.empty(v.size) for k, v in stored.items() if k.startswith("teacher.")}
     dcp.load(whole, storage_reader=reader, no_dist=True)
-    card = json.loads((folder / "run.json").read_text())
     teacher = {"step": card["step"], "config": card["config"]}
     for name, value in whole.items():
         _, part, key = name.split(".", 2)
         teacher.setdefault(part, {})[key] = value
-    aside = path.with_suffix(".part")
-    try:
-        write_file(aside, lambda file: torch.save(teacher, file))
-    except (OSError, RuntimeError):
-        aside.unlink(missing_ok=True)
-        raise
-    os.replace(aside, path)
+    write_file(folder / path.name, lambda file: torch.save(teacher, file))
+    path.parent.mkdir(exist_ok=True)
+    os.replace(folder / path.name, path)
 
 
 def write_file(path, writer):
@@ -202,10 +201,10 @@ def checksum(path):
 
 
 def reason(error):
-    """The cause of an exception in one line, whichever rank it comes from."""
+    """The words of an exception in one line, without colours, whichever rank it comes from."""
     if isinstance(error, dcp.api.CheckpointException):
         error = next(iter(error.failures.values()))[0]
-    return str(error).splitlines()[0] if str(error) else type(error).__name__
+    return " ".join(re.sub(r"\x1b\[[\d;]*m", "", str(error)).split()) or type(error).__name__
 
 
 # ---- reading -------------------------------------------------------------------------------------
@@ -234,39 +233,49 @@ def verified(folder, group):
 def read(path):
     """Load a file of tensors and plain values to the CPU, or raise UserError saying why not."""
     try:
-        with zipfile.ZipFile(path) as archive:
-            if damaged := archive.testzip():  # torch.load does not look at the checksums
-                raise ValueError(f"checksum of {damaged}")
-        return torch.load(path, map_location="cpu", weights_only=True)
+        # torch.load does not look at the checksums. (Files of PyTorch 1.5 have none.)
+        if zipfile.is_zipfile(path) and (damaged := zipfile.ZipFile(path).testzip()):
+            raise ValueError(f"checksum of {damaged}")
+        # The official code of DINO and iBOT saves its options too: plain values.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
-    # A damaged archive raises anything, from BadZipFile to UnpicklingError and RuntimeError.
-    except Exception as error:
+    except pickle.UnpicklingError as error:  # with a page of advice to run the code in the file
+        held = re.search(r"GLOBAL (\S+)", str(error))
+        what = f"it holds {held[1]}, and only tensors are loaded" if held else "not of torch.save"
+        raise UserError(f"{path}: cannot be read ({what}); give a state dict") from None
+    except Exception as error:  # a damaged archive raises anything, BadZipFile to RuntimeError
         raise UserError(f"{path}: cannot be read ({reason(error)})") from None
 
 
 # What may differ between a run and its continuation: where and how, not what is computed.
 FREE = (
     "out", "device", "parallel", "attention", "activation_checkpointing", "compile",
-    "init_from", "init_heads", "head_steps", "log.", "data.workers", "data.val",
+    "init_from", "init_heads", "head_steps", "log.", "data.workers", "data.val", "data.root",
 )  # fmt: skip
 
 
-def check_same(before, cfg):
-    """Raise UserError naming the first key in which the config of a checkpoint differs from cfg."""
+def fingerprint(source):
+    """What the images of a source are, wherever they lie: names, of at most 1000, and labels."""
+    some = range(0, len(source), max(len(source) // 1000, 1))
+    names = "\n".join(f"{os.path.basename(source.name(i))} {source.label(i)}" for i in some)
+    crc, classes = zlib.crc32(os.fsencode(names)), getattr(source, "classes", ())
+    return {"images": len(source), "classes": len(classes), "names": crc}
 
-    def flat(tree, prefix=""):
-        for key, value in tree.items():
-            if isinstance(value, dict):
-                yield from flat(value, f"{prefix}{key}.")
-            else:
-                yield prefix + key, value
 
-    now, defaults = dict(flat(to_dict(cfg))), dict(flat(to_dict(Config())))
-    before = defaults | dict(flat(before))  # it may be older than a key
-    for key in now:
-        if not key.startswith(FREE) and before.get(key) != now[key]:
-            raise UserError(
-                f"{cfg.out} was started with {key}={before.get(key)}, now it is {now[key]}: "
-                f"use another out= for a new run, or {key}={before.get(key)} to continue this one"
-            )
+def check_same(card, cfg, images):
+    """Raise UserError naming the first thing in which a checkpoint differs from this run."""
+    was = from_dict(card["config"], cfg.out)
+    for key in [key for key, _ in documented() if key]:
+        before, now = shown(lookup(was, key)), shown(lookup(cfg, key))
+        if not key.startswith(FREE) and before != now:
+            fix = f"{key}={before} to continue this one"
+            if key == "steps" and card["step"] == was.steps:
+                fix = f"init_from={cfg.out} there to go on from this one, which is finished"
+            raise UserError(f"{cfg.out} was started with {key}={before}, now it is {now}: "
+                            f"use another out= for a new run, or {fix}")  # fmt: skip
+    if (found := card.get("images", images)) != images:
+        before, now = (f"{x['images']} in {x['classes']} classes" for x in (found, images))
+        raise UserError(f"{cfg.out} was started with other images: {before}, now {now} or of other "
+                        f"names in {cfg.data.root}: use another out= for a new run")  # fmt: skip

@@ -1,22 +1,24 @@
-"""From a backbone to a file for other programs.
+"""From a backbone to a file for other programs, by the ending of its name or a format= word.
 
-    python -m weights.export RUN out.safetensors       weights under the released names
-    python -m weights.export RUN out.pth               the same as a PyTorch state dict
-    python -m weights.export RUN out.pt2 [size=224]    the network for one size (torch.export)
+    python -m weights.export RUN out.safetensors         weights under the released names
+    python -m weights.export RUN out.pth                 the same as a PyTorch state dict
+    python -m weights.export RUN out.pth format=timm     under the names of timm (or .safetensors)
+    python -m weights.export RUN folder                  for Hugging Face's from_pretrained(folder)
+    python -m weights.export RUN out.pt2 [size=224]      the network for one size (torch.export)
     python -m weights.export RUN out.onnx [size=98x126]  as ONNX; pip install onnx onnxscript
-RUN is whatever load_backbone takes: a run folder, a file, a released name. size is height x width
-in pixels, by default that of the large crops of the run (224 for a released network).
+    python -m weights.export RUN out.onnx size=free      for any size, from 2 x 2 patches
+RUN is whatever load_backbone takes. size is height x width in pixels, by default that of the large
+crops of the run (224 for a released network).
 
-Weights load here (load_backbone), in the official code and in anything that reads released files.
-An exported network has positions for its size worked out beforehand, takes any number of images,
-normalised and in fp32, and returns the two tokens most used:
-
-    images (B, C, H, W) -> cls (B, D), patches (B, N, D), both normalised
+An exported network takes any number of images, normalised and in fp32, and returns the two tokens
+most used: images (B, C, H, W) -> cls (B, D), patches (B, N, D), both normalised. Every file says in
+its metadata, under "nanodinov2", how to feed it: channels, mean, std and size of the images.
 """
 
-import copy
 import json
+import math
 import sys
+from collections import OrderedDict
 from pathlib import Path
 
 import torch
@@ -25,100 +27,204 @@ from safetensors.torch import save_file
 from torch import nn
 
 from config import UserError, report_errors
-from weights.load import load_backbone
+from parallel import warn
+from weights.checkpoint import reason
+from weights.layouts import HUGGING_FACE, TIMM, renamed
+from weights.load import OURS, load_backbone
+from weights.plain import plain
+
+FORMS = {  # and their endings; the first form of an ending is meant without format=
+    "released": (".safetensors", ".pth"),
+    "timm": (".safetensors", ".pth"),
+    "torch": (".pt2",),
+    "onnx": (".onnx",),
+    "huggingface": ("",),
+}
 
 
-class FixedSize(nn.Module):
-    """A backbone for images of one size: (B, C, H, W) -> [CLS] (B, D) and patches (B, N, D)."""
+def export(backbone, cfg, path, size=None, form=""):
+    """Write a backbone; returns in words what was written. Raises UserError.
 
-    def __init__(self, backbone, rows, columns):
+    cfg   Config of its images: data.mean, data.std, crops.global_size
+    size  (height, width) in pixels, or "free"; None: crops.global_size
+    form  one of FORMS; empty: as the ending of `path` says
+    """
+    path, endings = Path(path), FORMS.get(form) or sum(FORMS.values(), ())
+    if path.suffix not in endings or form not in ("", *FORMS):
+        known = " ".join(ending or "a folder" for ending in dict.fromkeys(endings))
+        raise UserError(f"{path}: the ending says the form, use one of {known}; or format= says "
+                        f"it: {', '.join(FORMS)}")  # fmt: skip
+    form = form or next(form for form, its in FORMS.items() if path.suffix in its)
+    free, given = size == "free", size not in (None, "free")
+    height, width = size if given else (cfg.crops.global_size,) * 2
+    p = backbone.patch
+    if height % p or width % p or not height or not width:
+        raise UserError(f"size={height}x{width}: height and width must be multiples of {p}")
+    ffn = "swiglu" if hasattr(backbone.blocks[0].mlp, "w12") else "mlp"
+    about = {  # what tensors do not tell; other programs ignore it
+        "size": [backbone.dim, backbone.depth, backbone.blocks[0].attn.heads, ffn],
+        "interpolate_offset": backbone.interpolate_offset,
+        "interpolate_antialias": backbone.interpolate_antialias,
+        "eps": backbone.norm.eps,
+        "images": {key: getattr(cfg.data, key) for key in ("channels", "mean", "std")},
+    }
+    about["images"]["size"] = [height, width]
+    state = backbone.state_dict()
+    if form in ("torch", "onnx"):
+        write_network(backbone, path, height, width, free, json.dumps(about))
+        shown = "any height and width" if free else f"{height} x {width} px"
+        return f"{path} for images of {shown}"
+    if form == "huggingface":
+        return write_folder(backbone, state, path, about, given and height == width and height)
+    if form == "timm":
+        state = for_timm(state)
+    return write_weights(state, path, about)
+
+
+def write_weights(state, path, about):
+    """Tensors by name, and what they do not tell in the metadata."""
+    if path.suffix == ".safetensors":  # transformers asks for the word in "format"
+        state = {name: value.contiguous() for name, value in state.items()}
+        save_file(state, path, {"format": "pt", OURS: json.dumps(about)})
+    else:
+        # What PyTorch keeps beside the tensors of a state dict, and carries along.
+        state = OrderedDict(state)
+        state._metadata = {OURS: json.dumps(about)}
+        torch.save(state, path)
+    return str(path)
+
+
+def for_timm(state):
+    """Without a mask token; with registers, [CLS] has its position, which has no other place."""
+    state = {name: value for name, value in state.items() if name != "mask_token"}
+    if "register_tokens" in state:
+        cls, positions = state["cls_token"], state["pos_embed"]
+        state |= {"cls_token": cls + positions[:, :1], "pos_embed": positions[:, 1:]}
+    return renamed(state, TIMM)
+
+
+def write_folder(backbone, state, path, about, size):
+    """A folder for AutoModel.from_pretrained and AutoImageProcessor.
+
+    They resize positions in another way. With a size, positions are made for it beforehand.
+    """
+    p, registers, images = backbone.patch, backbone.registers, about["images"]
+    if size:
+        state["pos_embed"] = backbone.interpolate_pos_encoding(size // p, size // p).detach()
+    native = math.isqrt(state["pos_embed"].shape[1] - 1) * p
+    theirs = (0.0, registers > 0)
+    if theirs != (backbone.interpolate_offset, backbone.interpolate_antialias):
+        warn(f"{path}: transformers resizes positions in another way, so the same numbers come "
+             f"from images of {native} px only; size= makes another size the one")  # fmt: skip
+    for i, block in enumerate(backbone.blocks):
+        if isinstance(block.ls1, nn.Identity):  # there is no network without: a factor of 1
+            about["layerscale"] = 0
+            ones = torch.ones(backbone.dim)
+            state |= {f"blocks.{i}.ls1.gamma": ones, f"blocks.{i}.ls2.gamma": ones}
+    kind = "Dinov2WithRegisters" if registers else "Dinov2"
+    config = {
+        "architectures": [f"{kind}Model"],
+        "model_type": "dinov2_with_registers" if registers else "dinov2",
+        "hidden_size": backbone.dim,
+        "num_hidden_layers": backbone.depth,
+        "num_attention_heads": about["size"][2],
+        "use_swiglu_ffn": about["size"][3] == "swiglu",
+        "layer_norm_eps": about["eps"],
+        "image_size": native,
+        "patch_size": p,
+        "num_channels": images["channels"],
+    } | ({"num_register_tokens": registers} if registers else {})
+    processor = {
+        "image_processor_type": "BitImageProcessor",
+        "size": {"shortest_edge": round(images["size"][0] * 256 / 224)},  # as data.centre_crop
+        "crop_size": dict(zip(("height", "width"), images["size"], strict=True)),
+        "resample": 3,
+        "image_mean": images["mean"],
+        "image_std": images["std"],
+        "do_convert_rgb": images["channels"] == 3,
+    }
+    path.mkdir(exist_ok=True)
+    for name, content in ("config.json", config), ("preprocessor_config.json", processor):
+        (path / name).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    return write_weights(renamed(state, HUGGING_FACE), path / "model.safetensors", about)
+
+
+class Tokens(nn.Module):
+    """A network as it is exported: images (B, C, H, W) -> [CLS] (B, D) and patches (B, N, D)."""
+
+    def __init__(self, backbone, grid):
         super().__init__()
-        self.backbone = copy.copy(backbone)  # with the same weights
-        # Other programs do not resize as PyTorch does (ONNX has no antialiased bicubic), so the
-        # positions become a constant.
-        positions = backbone.interpolate_pos_encoding(rows, columns).detach().clone()
-        self.backbone.interpolate_pos_encoding = lambda *_: positions
+        self.backbone = plain(backbone)
+        if grid:  # one size: positions are a constant
+            positions = backbone.interpolate_pos_encoding(*grid).detach().clone()
+            self.backbone.interpolate_pos_encoding = lambda *_: positions
 
     def forward(self, images):
         tokens = self.backbone.forward_features(images)
         return tokens["x_norm_clstoken"], tokens["x_norm_patchtokens"]
 
 
-def export(backbone, path, height, width):
-    """Write the backbone in the form that the ending of `path` names. Raises UserError."""
-    path = Path(path)
-    if path.suffix == ".pth":
-        torch.save(backbone.state_dict(), path)
-    elif path.suffix == ".safetensors":
-        # What shapes do not tell; other programs ignore it.
-        about = {
-            "size": [backbone.dim, backbone.depth, backbone.blocks[0].attn.heads, ffn(backbone)],
-            "interpolate_offset": backbone.interpolate_offset,
-            "interpolate_antialias": backbone.interpolate_antialias,
-        }
-        save_file(backbone.state_dict(), path, {"nanodinov2": json.dumps(about)})
-    else:
-        export_network(backbone, path, height, width)
-
-
-def ffn(backbone):
-    return "swiglu" if hasattr(backbone.blocks[0].mlp, "w12") else "mlp"
-
-
-def export_network(backbone, path, height, width):
-    """Write the backbone for images of one size, as torch.export (.pt2) or ONNX: as path ends."""
-    p, channels = backbone.patch, backbone.patch_embed.proj.in_channels
-    if height % p or width % p or not height or not width:
-        raise UserError(f"size={height}x{width}: height and width must be multiples of {p}")
+def write_network(backbone, path, height, width, free, about):
+    """The network as torch.export (.pt2) or ONNX, as path ends; free: for images of any size."""
     if path.suffix == ".onnx":
         try:
             import onnx  # noqa: F401
             import onnxscript  # noqa: F401
         except ImportError as error:
             raise UserError(f"{path}: {error}; pip install onnx onnxscript") from None
-    network = FixedSize(backbone, height // p, width // p).eval()
-    images = torch.zeros(2, channels, height, width)
-    shapes = ({0: torch.export.Dim("batch", min=1)},)
+    p, Dim = backbone.patch, torch.export.Dim
+    network = Tokens(backbone, None if free else (height // p, width // p)).eval()
+    dims = {0: Dim("batch", min=1)}
+    if free:
+        dims |= {2: p * Dim("rows", min=2), 3: p * Dim("columns", min=2)}
+        height, width = 2 * p, 3 * p  # of the example: three different sizes
+    images = torch.zeros(4, backbone.patch_embed.proj.in_channels, height, width)
     with torch.no_grad():
-        program = torch.export.export(network, (images,), dynamic_shapes=shapes)
+        program = torch.export.export(network, (images,), dynamic_shapes=(dims,))
         if path.suffix == ".pt2":
-            return torch.export.save(program, path)
+            return torch.export.save(program, path, extra_files={OURS: about})
         names = {"input_names": ["images"], "output_names": ["cls", "patches"]}
-        # One ONNX file holds 2 GB; larger networks have their weights in PATH.data beside it.
-        large = sum(4 * value.numel() for value in backbone.parameters()) > 2**30
-        torch.onnx.export(program, (), path, verbose=False, external_data=large, **names)
+        model = torch.onnx.export(program, (), verbose=False, **names)
+    model.model.metadata_props[OURS] = about
+    # One ONNX file holds 2 GB; larger networks have their weights in PATH.data beside it.
+    large = sum(4 * value.numel() for value in backbone.parameters()) > 2**30
+    model.save(path, external_data=large)
 
 
-FORMS = (".safetensors", ".pth", ".pt2", ".onnx")
-
-
-def parse_size(word):
-    """(height, width) of size=224 or size=98x126."""
-    numbers = word.removeprefix("size=").split("x")
-    if not word.startswith("size=") or len(numbers) > 2 or not all(n.isdecimal() for n in numbers):
-        raise UserError(f"cannot read {word!r}: write size=224, or size=98x126 (height x width)")
-    return int(numbers[0]), int(numbers[-1])
+def parse(words):
+    """(size, form) of size=224, size=98x126 (height x width), size=free and format=timm."""
+    size, form = None, ""
+    for word in words:
+        key, _, value = word.partition("=")
+        numbers = value.split("x")
+        if key == "format":
+            form = value
+        elif key == "size" and value == "free":
+            size = value
+        elif key == "size" and len(numbers) <= 2 and all(n.isdecimal() for n in numbers):
+            size = int(numbers[0]), int(numbers[-1])
+        else:
+            raise UserError(f"cannot read {word!r}: write size=224, or size=98x126 (height x "
+                            f"width), size=free, or format= {', '.join(FORMS)}")  # fmt: skip
+    return size, form
 
 
 @report_errors
 def main(argv):
-    if {"-h", "--help"} & set(argv) or not 2 <= len(argv) <= 3:
+    if {"-h", "--help"} & set(argv) or len(argv) < 2:
         print(__doc__)
         sys.exit(0 if {"-h", "--help"} & set(argv) else 2)
     run, path, *words = argv
-    if Path(path).suffix not in FORMS:
-        raise UserError(f"{path}: the ending says the form, use one of {' '.join(FORMS)}")
-    size = parse_size(words[0]) if words else None
+    path, (size, form) = Path(path).expanduser(), parse(words)
     backbone, cfg = load_backbone(run, with_config=True)
+    if not path.absolute().parent.is_dir():
+        raise UserError(f"{path}: cannot be written (no such folder); choose another place")
     try:
-        export(backbone, path, *(size or [cfg.crops.global_size] * 2))
-    # RuntimeError: how torch.save reports a folder that is not there.
-    except (OSError, RuntimeError, SafetensorError) as error:
-        if isinstance(error, RuntimeError) and Path(path).absolute().parent.is_dir():
-            raise
-        reason = " ".join(str(error).split())
-        raise UserError(f"{path}: cannot be written ({reason}); choose another place") from None
-    print(f"wrote {path}")
+        print(f"wrote {export(backbone, cfg, path, size, form)}")
+    except (OSError, SafetensorError) as error:
+        raise UserError(
+            f"{path}: cannot be written ({reason(error)}); choose another place"
+        ) from None
 
 
 if __name__ == "__main__":

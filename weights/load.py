@@ -1,12 +1,13 @@
 """From a file to a backbone: a trained one to use. (To start a training from one: start.py.)
 
     load_backbone("runs/x")               a run of ours (its teacher.pt), exactly as it was trained
-    load_backbone("dinov2_vits14.pth")    a file under the released names; .safetensors as well
+    load_backbone("dinov2_vits14.pth")    weights in any layout of layouts.py; .safetensors as well
+    load_backbone("folder")               of Hugging Face: config.json beside model.safetensors
     load_backbone("dinov2_vitb14_reg")    a released network by name: fetched once, then kept
 
-A file under the released names is nothing but tensors, and their shapes say what network it is.
-Names are strict: one that is missing, too many, or of another shape is an error that says so. Files
-are read as tensors only, so no code in them is ever run. From a backbone to a file: export.py.
+A file of others is little but tensors, and their names and shapes say what network it is. Names are
+strict: one that is missing, too many, or of another shape is an error that says so. Files are read
+as tensors only, so no code in them is ever run. From a backbone to a file: export.py.
 """
 
 import json
@@ -21,12 +22,15 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from config import Config, UserError, from_dict
+from config import Config, UserError, from_dict, shown
+from parallel import warn
 from vit import SIZES, VisionTransformer, build_backbone
-from weights.checkpoint import read
+from weights.checkpoint import read, reason
+from weights.layouts import parts_of
 
 PATCHES, POSITIONS = "patch_embed.proj.weight", "pos_embed"
-OURS = ("config", "dino_head", "ibot_head")  # what a teacher.pt has beside its backbone
+OURS = "nanodinov2"  # the place in other formats for what tensors do not tell
+FILES = ("teacher.pt", "model.safetensors", "pytorch_model.bin")  # in a folder
 
 ADDRESS = "https://dl.fbaipublicfiles.com/dinov2"
 # SHA-256 of the released files. Meta does not publish them: these are the values that independent
@@ -46,38 +50,39 @@ RELEASED = {
 def load_backbone(path, with_config=False):
     """The trained backbone of a run, of a file, or released under a name; in eval mode, strict.
 
-    path  RUN (its teacher.pt), such a file, one under the released names (.pth, .safetensors), or
-          a name of RELEASED
-    Returns the network, or (network, Config) with with_config; for a released file, which has no
-    config, that is a fitting one to evaluate it. Attention is `auto`, whatever the run had, so
-    that a run on GPUs opens anywhere. Raises UserError if the file is missing, damaged, or does
-    not hold what its config or its shapes say.
+    path  RUN (its teacher.pt), such a file, one in a layout of layouts.py (.pth, .safetensors), a
+          folder of Hugging Face, or a name of RELEASED
+    Returns the network, or with with_config (network, Config): for a file without one, a fitting
+    one to evaluate it. Attention is `auto`, so that a run on GPUs opens anywhere. Raises UserError
+    if the file is missing, damaged, or does not hold what its config or its shapes say.
     """
     path = teacher_file(path)
-    state, about = contents(path)
+    parts, about = contents(path)
     with torch.device("meta"):  # shapes only: the values come from the file
         if "config" in about:
             cfg = from_dict(about["config"], str(path))
             cfg.attention = "auto"
             backbone = build_backbone(cfg)
         else:
-            backbone = VisionTransformer(**architecture(state, path, about))
-            cfg = evaluation_config(backbone)
-    fill(backbone, state, path, "the file is damaged, or holds another network")
+            known = architecture(parts["backbone"], path, about)
+            backbone = VisionTransformer(**known)
+    fill(backbone, parts["backbone"], path, "the file is damaged, or holds another network")
+    for module in backbone.modules():
+        if isinstance(module, torch.nn.LayerNorm):
+            module.eps = about.get("eps", module.eps)
+    if with_config and "config" not in about:
+        cfg = evaluation_config(known, about.get("images"), path)
     return (backbone.eval(), cfg) if with_config else backbone.eval()
 
 
 def fill(backbone, state, path, fix):
     """Make the tensors of a file the weights of a network on the meta device; strict."""
     shapes = {name: value.shape for name, value in backbone.named_parameters()}
-    check_names(state, shapes, path, fix)
-    for name, shape in shapes.items():
-        check_shape(name, state[name], shape, path, fix)
-    state = {name: value.float() for name, value in state.items()}
-    backbone.load_state_dict(state, assign=True)
+    backbone.load_state_dict(fitting(state, shapes, path, fix), assign=True)
 
 
-def check_names(state, shapes, title, fix):
+def fitting(state, shapes, title, fix):
+    """The tensors in fp32. Raises UserError unless they have just these names and shapes."""
     for problem, names in (
         ("is missing", [name for name in shapes if name not in state]),
         ("has no place in this network", [name for name in state if name not in shapes]),
@@ -85,13 +90,11 @@ def check_names(state, shapes, title, fix):
         if names:
             more = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
             raise UserError(f"{title}: {names[0]} {problem}{more}; {fix}")
-
-
-def check_shape(name, value, shape, title, fix):
-    if value.shape != shape:
-        raise UserError(
-            f"{title}: {name} is {tuple(value.shape)}, here it is {tuple(shape)}; {fix}"
-        )
+    for name, shape in shapes.items():
+        if state[name].shape != shape:
+            found = tuple(state[name].shape)
+            raise UserError(f"{title}: {name} is {found}, here it is {tuple(shape)}; {fix}")
+    return {name: value.float() for name, value in state.items()}
 
 
 # ---- what network a file holds ------------------------------------------------------------------
@@ -101,22 +104,19 @@ def architecture(state, path, about):
     """Arguments of VisionTransformer, read off the shapes of tensors under the released names.
 
     Two things have no shape, and if the file does not say them (`about`) are as in the released
-    networks. Heads: those of SIZES, else one per 64 channels. How positions are resized: with an
-    offset of 0.1, or for registers with antialias.
+    networks. Heads: those of SIZES, else one per 64 channels. How positions are resized: see
+    `convention`.
     """
 
     def shape(name, axes):
         if name not in state:
-            raise UserError(f"{path}: {name} is missing: not a backbone under the released names")
+            raise UserError(f"{path}: {name} is missing: not weights of a whole backbone")
         if state[name].dim() != axes:
             raise UserError(f"{path}: {name} is {tuple(state[name].shape)}, not of {axes} axes")
         return tuple(state[name].shape)
 
     dim, channels, patch, _ = shape(PATCHES, 4)
     side = math.isqrt(shape(POSITIONS, 3)[1] - 1)
-    if side**2 + 1 != state[POSITIONS].shape[1]:
-        count = state[POSITIONS].shape[1]
-        raise UserError(f"{path}: {POSITIONS} has {count} rows, not those of a square and [CLS]")
     shape("blocks.0.norm1.weight", 1)
     depth = 1 + max(int(name.split(".")[1]) for name in state if re.match(r"blocks\.\d+\.", name))
     ffn = "swiglu" if "blocks.0.mlp.w12.weight" in state else "mlp"
@@ -126,36 +126,63 @@ def architecture(state, path, about):
     if "size" not in about and (not heads or dim % heads):
         raise UserError(
             f"{path}: {dim} channels do not tell the number of heads; use the run folder or "
-            "a .safetensors of export.py, which do"
+            "a file of export.py, which do"
         )
+    offset, antialias = convention(state, about)
     return {
-        "size": (dim, depth, heads, ffn),
+        "size": tuple(about.get("size", (dim, depth, heads, ffn))),
         "patch": patch,
         "image_size": side * patch,
         "channels": channels,
         "registers": registers,
         "layerscale": 1e-5 if "blocks.0.ls1.gamma" in state else 0,
-        "interpolate_offset": 0.0 if registers else 0.1,
-        "interpolate_antialias": bool(registers),
-        **about,
+        "interpolate_offset": offset,
+        "interpolate_antialias": antialias,
     }
 
 
-def evaluation_config(backbone):
-    """A Config to evaluate a released network: 224 px, as officially, or less if it is for less."""
+def convention(state, about):
+    """(offset, antialias) of resizing positions, as the file says; else as in released networks.
+
+    Those have an offset of 0.1 or, with registers, antialias.
+    """
+    said, registers = about.get("config", {}).get("vit", about), "register_tokens" in state
+    offset = said.get("interpolate_offset", 0.0 if registers else 0.1)
+    return offset, said.get("interpolate_antialias", registers)
+
+
+def vit_of(known, vit):
+    """Write into a section cfg.vit what network `architecture` has found."""
+    size = known["size"]
+    names = [name for name, its in SIZES.items() if its[:3] == size[:3]]
+    vit.size, vit.ffn = names[0] if names else f"{size[0]} x {size[1]}", size[3]
+    keys = "patch", "registers", "layerscale", "interpolate_offset", "interpolate_antialias"
+    for key in keys:
+        setattr(vit, key, known[key])
+
+
+def evaluation_config(known, images, path):
+    """A Config to evaluate a file that has none, from what `architecture` has found.
+
+    images  what the file says of its images: mean, std, size (height, width); None: nothing. Then
+            they have 224 px, as officially, or less if the network is for less.
+    """
     # Differs from the official code, which evaluates in fp16 (autocast): fp32 runs everywhere.
-    cfg, patch = Config(precision="fp32"), backbone.patch
-    sizes = {size[:2]: name for name, size in SIZES.items()}
-    shape = (backbone.dim, backbone.depth)
-    cfg.vit.size = sizes.get(shape, "{} x {}".format(*shape))
-    cfg.vit.patch, cfg.vit.registers = patch, backbone.registers
-    cfg.vit.interpolate_offset = backbone.interpolate_offset
-    cfg.vit.interpolate_antialias = backbone.interpolate_antialias
-    side = math.isqrt(backbone.pos_embed.shape[1] - 1)
-    cfg.crops.global_size = min(side, max(round(224 / patch), 1)) * patch
+    cfg, patch = Config(precision="fp32"), known["patch"]
+    vit_of(known, cfg.vit)
+    cfg.crops.global_size = min(known["image_size"], max(round(224 / patch), 1) * patch)
     cfg.crops.local_count = 0  # there is no training; their size need not fit
-    cfg.data.channels = backbone.patch_embed.proj.in_channels
-    cfg.data.workers = min(cfg.data.workers, os.cpu_count() or 1)
+    d = cfg.data
+    d.channels, d.workers = known["channels"], min(d.workers, os.cpu_count() or 1)
+    if images:
+        d.mean, d.std = tuple(images["mean"]), tuple(images["std"])
+        cfg.crops.global_size = max(min(images["size"]) // patch, 1) * patch
+        return cfg
+    if d.channels != 3:
+        d.mean, d.std = (0.5,) * d.channels, (0.25,) * d.channels
+    if not re.fullmatch(r"dino.*_pretrain\.pth", path.name):  # released: ImageNet's for sure
+        warn(f"{path} does not say how its images were normalised: assumed are "
+             f"data.mean={shown(d.mean)} and data.std={shown(d.std)}")  # fmt: skip
     return cfg
 
 
@@ -163,16 +190,20 @@ def evaluation_config(backbone):
 
 
 def teacher_file(path):
-    """The file that a run folder, a file or a released name stands for."""
-    if str(path) in RELEASED and not Path(path).exists():
-        return fetch(str(path))
-    file = Path(path, "teacher.pt") if Path(path).is_dir() else Path(path)
-    if not file.exists():
-        raise UserError(
-            f"{file}: no such file; give a run folder in which train.py left a teacher.pt, "
-            "a file of weights, or a released name such as dinov2_vits14"
-        )
-    return file
+    """The file that a folder (a run, or of Hugging Face), a file or a released name stands for."""
+    path = os.path.expanduser(path)
+    if path in RELEASED and not os.path.exists(path):
+        return fetch(path)
+    path = Path(path)
+    for file in [path / name for name in FILES] if path.is_dir() else [path]:
+        if file.exists():
+            return file
+    what, fix = "no such file", "give a run folder, a file, or a released name like dinov2_vits14"
+    if path.is_dir():
+        what = f"no {', '.join(FILES)} in this folder"
+        if above := [folder for folder in path.parents if (folder / "teacher.pt").exists()]:
+            fix = f"give the run folder {above[0]}, or a .pt file in it"
+    raise UserError(f"{path}: {what}; {fix}")
 
 
 def fetch(name):
@@ -194,9 +225,8 @@ def fetch(name):
             torch.hub.download_url_to_file(address, str(path), RELEASED[name], progress=show)
         # RuntimeError: another checksum. The others are OSErrors: no internet, no place.
         except (OSError, RuntimeError) as error:
-            reason = " ".join(str(error).split())
             raise UserError(
-                f"{name}: {address} cannot be fetched ({reason}); "
+                f"{name}: {address} cannot be fetched ({reason(error)}); "
                 f"get this file in another way and give its path, or put it at {path}"
             ) from None
         finally:
@@ -205,36 +235,52 @@ def fetch(name):
 
 
 def contents(path):
-    """({name: tensor} of a backbone, what else the file says: config and heads, or arguments)."""
+    """({part: {our name: tensor}}, what else it says) of a file of weights.
+
+    Its parts are the backbone, and the heads it has. It may say: config, of a run of ours; or
+    arguments of VisionTransformer (size, interpolate_*), images (mean, std, size) and eps.
+    """
     if path.suffix == ".safetensors":
         try:
             with safe_open(path, "pt") as file:
                 state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-                about = json.loads((file.metadata() or {}).get("nanodinov2", "{}"))
+                about = beside(path) | json.loads((file.metadata() or {}).get(OURS, "{}"))
         except (OSError, ValueError, SafetensorError) as error:
-            reason = " ".join(str(error).split())
-            raise UserError(f"{path}: cannot be read ({reason})") from None
+            raise UserError(f"{path}: cannot be read ({reason(error)})") from None
     else:
         state = read(path)
-        ours = isinstance(state, dict) and "backbone" in state and "config" in state
-        about = {key: state[key] for key in OURS if key in state} if ours else {}
-    state = state.get("backbone", state.get("teacher", state)) if isinstance(state, dict) else {}
-    whole = isinstance(state, dict) and all(torch.is_tensor(value) for value in state.values())
-    if not state or not whole:
-        raise UserError(
-            f"{path}: not weights of a backbone by name; "
-            "give a run folder, a teacher.pt, or a released .pth or .safetensors"
-        )
-    return released_names(state), about
+        if not isinstance(state, dict):
+            raise UserError(f"{path}: not weights of a backbone by name; give a file of them")
+        about = beside(path) | json.loads(getattr(state, "_metadata", {}).get(OURS, "{}"))
+        if "backbone" in state and "config" in state:
+            about = {"config": state["config"]}
+            state = {part: value for part, value in state.items() if part not in ("config", "step")}
+    parts = parts_of(state, path)
+    if about.get("layerscale") == 0:  # Hugging Face has no network without: theirs is 1
+        parts["backbone"] = {n: v for n, v in parts["backbone"].items() if ".gamma" not in n}
+    return parts, about
 
 
-def released_names(state):
-    """The names of the official training as they are released.
-
-    Its checkpoints hold the heads too, and number blocks by chunk: blocks.1.7 is block 7.
-    """
-    if any(name.startswith("backbone.") for name in state):
-        parts = {name.partition(".")[::2]: value for name, value in state.items()}
-        state = {name: value for (part, name), value in parts.items() if part == "backbone"}
-    chunk = re.compile(r"^blocks\.\d+\.(\d+)\.")
-    return {chunk.sub(r"blocks.\1.", name): value for name, value in state.items()}
+def beside(path):
+    """What the json files in a folder of Hugging Face (or timm) say of the weights there."""
+    if path.name not in FILES[1:]:
+        return {}
+    cfg, images = (
+        json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+        for file in (path.with_name("config.json"), path.with_name("preprocessor_config.json"))
+    )
+    about = {"eps": cfg["layer_norm_eps"]} if "layer_norm_eps" in cfg else {}
+    if cfg.get("hidden_act", "gelu") != "gelu":
+        raise UserError(f"{path}: hidden_act is {cfg['hidden_act']} there, and gelu here")
+    if "num_attention_heads" in cfg:
+        ffn = "swiglu" if cfg.get("use_swiglu_ffn") else "mlp"
+        shape = "hidden_size", "num_hidden_layers", "num_attention_heads"
+        about["size"] = [*(cfg[key] for key in shape), ffn]
+    if timm := cfg.get("pretrained_cfg"):
+        size = dict(enumerate(timm["input_size"][1:]))
+        images = {"image_mean": timm["mean"], "image_std": timm["std"], "size": size}
+    if "image_mean" in images:
+        size = images.get("crop_size", images.get("size"))
+        size = list(size.values()) if isinstance(size, dict) else [size]
+        about["images"] = {"mean": images["image_mean"], "std": images["image_std"], "size": size}
+    return about

@@ -15,16 +15,8 @@ import torch
 
 from config import UserError
 from parallel import put
-from vit import SIZES, resize_positions
-from weights.load import (
-    PATCHES,
-    POSITIONS,
-    architecture,
-    check_names,
-    check_shape,
-    contents,
-    teacher_file,
-)
+from vit import resize_positions
+from weights.load import PATCHES, POSITIONS, contents, convention, fitting, teacher_file
 
 SAME = "vit.size, vit.patch, vit.registers and vit.ffn must be those of the file"
 HEADS = "the keys of head.* must be those of the file"
@@ -37,21 +29,31 @@ def start_from(cfg, *networks):
     """
     path = teacher_file(cfg.init_from)
     title = f"init_from={path}"
-    parts, _ = read_parts(path)
+    parts, about = contents(path)
+    its = convention(parts["backbone"], about)
     if not cfg.init_heads:
         parts = {"backbone": parts["backbone"]}
     elif len(parts) == 1:
         raise UserError(
             f"{title} has no heads: set init_heads=false, and head_steps to train fresh ones first"
         )
-    notes = ", ".join([str(path), *put_parts(networks, parts, cfg.vit, title)])
-    return f"starts from {notes}; the heads are {'those of the file' if cfg.init_heads else 'new'}"
+    notes = [str(path), *put_parts(networks, parts, its, title)]
+    if its != (cfg.vit.interpolate_offset, cfg.vit.interpolate_antialias):
+        offset, antialias = its[0], str(its[1]).lower()
+        notes.append(f"which was trained with vit.interpolate_offset={offset} and "
+                     f"vit.interpolate_antialias={antialias}: set both")  # fmt: skip
+    fed = about.get("config", {}).get("data", about.get("images")) or {}
+    for key in ("mean", "std"):
+        if list(fed.get(key, getattr(cfg.data, key))) != list(getattr(cfg.data, key)):
+            notes.append(f"which was trained with data.{key}={fed[key]}")
+    whose = "those of the file" if cfg.init_heads else "new"
+    return f"starts from {', '.join(notes)}; the heads are {whose}"
 
 
-def put_parts(networks, parts, vit, title):
+def put_parts(networks, parts, how, title):
     """Copy {part: {name: tensor}} into networks (each its shard of it); returns notes on changes.
 
-    Strict: of a part all names, and with one head all heads.
+    Strict: of a part all names, and with one head all heads. how: see `adapt`.
     """
     notes, places = [], dict(networks[0].named_children())
     if len(parts) > 1 and parts.keys() != places.keys():
@@ -61,7 +63,7 @@ def put_parts(networks, parts, vit, title):
         )
     for part, state in parts.items():
         shapes = {name: value.shape for name, value in places[part].named_parameters()}
-        weights, changed = adapt(state, shapes, vit, title, SAME if part == "backbone" else HEADS)
+        weights, changed = adapt(state, shapes, how, title, SAME if part == "backbone" else HEADS)
         notes += changed
         for network in networks:
             for name, parameter in getattr(network, part).named_parameters():
@@ -69,31 +71,23 @@ def put_parts(networks, parts, vit, title):
     return notes
 
 
-def read_parts(path):
-    """({part: {name: tensor}}, what else the file says of it: see weights.contents)."""
-    backbone, about = contents(path)
-    heads = {part: about[part] for part in ("dino_head", "ibot_head") if part in about}
-    return {"backbone": backbone, **heads}, about
+def adapt(state, shapes, how, title, fix=SAME):
+    """(fp32 weights of these shapes, notes on what was changed) from the tensors of a file.
 
-
-def adapt(state, shapes, vit, title, fix=SAME):
-    """(fp32 weights of these shapes, notes on what was changed) from the tensors of a file."""
-    check_names(state, shapes, title, fix)
-    weights, notes = {}, []
-    for name, shape in shapes.items():
-        value = state[name].float()
-        if name == POSITIONS and value.dim() == 3 and value.shape[1] != shape[1]:
-            old, new = (round((s[1] - 1) ** 0.5) for s in (value.shape, shape))
-            if old**2 + 1 == value.shape[1]:  # else it is refused below
-                offset, antialias = vit.interpolate_offset, vit.interpolate_antialias
-                value = resize_positions(value, new, new, offset, antialias)
-                notes.append(f"positions {old} x {old} resized to {new} x {new}")
-        if name == PATCHES and value.dim() == 4 and value.shape[1] != shape[1]:
-            notes.append(f"{value.shape[1]} input channels made {shape[1]}")
-            value = to_channels(value, shape[1])
-        check_shape(name, value, shape, title, fix)
-        weights[name] = value
-    return weights, notes
+    how: (offset, antialias) of resizing positions, by the convention of the file.
+    """
+    state, notes = dict(state), []
+    value, shape = state.get(POSITIONS), shapes.get(POSITIONS)
+    if value is not None and shape and value.dim() == 3 and value.shape[1] != shape[1]:
+        old, new = (round((s[1] - 1) ** 0.5) for s in (value.shape, shape))
+        if old**2 + 1 == value.shape[1]:  # else it is refused below
+            state[POSITIONS] = resize_positions(value.float(), new, new, *how)
+            notes.append(f"positions {old} x {old} resized to {new} x {new}")
+    value, shape = state.get(PATCHES), shapes.get(PATCHES)
+    if value is not None and shape and value.dim() == 4 and value.shape[1] != shape[1]:
+        notes.append(f"{value.shape[1]} input channels made {shape[1]}")
+        state[PATCHES] = to_channels(value.float(), shape[1])
+    return fitting(state, shapes, title, fix), notes
 
 
 def to_channels(weight_DCPP, channels):
@@ -110,17 +104,3 @@ def to_channels(weight_DCPP, channels):
         share_cC[i % channels, i % C] = 1
     share_cC = share_cC / share_cC.sum(dim=0)
     return torch.einsum("cC,DCpq->Dcpq", share_cC, weight_DCPP)
-
-
-def vit_of(state, about, vit, path):
-    """Write into a section cfg.vit what network a backbone without a config is.
-
-    Raises UserError if it is none of the named sizes.
-    """
-    known = architecture(state, path, about)
-    names = [name for name, size in SIZES.items() if size[:3] == tuple(known["size"][:3])]
-    if not names:
-        raise UserError(f"{path}: its size {known['size']} is none of {', '.join(SIZES)}")
-    vit.size, vit.ffn = names[0], known["size"][3]
-    for key in ("patch", "registers", "interpolate_offset", "interpolate_antialias"):
-        setattr(vit, key, known[key])

@@ -1,0 +1,179 @@
+"""The names that weights have elsewhere, as one table, and the way from one to the other.
+
+Ours are those of the released DINOv2 files. A row of a table is
+
+    our name              their name             # is the number of the block
+                                                 {a,b}: matrices, one above the other in ours
+and stands for .weight and .bias too. Where a name of ours has several rows, all are read and the
+first is written. Nothing is guessed: a name without a row is an error.
+"""
+
+import math
+import re
+
+import torch
+
+from config import UserError
+
+KNOWN = "DINOv2, DINO, iBOT, timm (vit_*_dinov2, vit_*_dino), Hugging Face (Dinov2, ViT)"
+
+HUGGING_FACE = """
+    cls_token             embeddings.cls_token
+    mask_token            embeddings.mask_token
+    pos_embed             embeddings.position_embeddings
+    register_tokens       embeddings.register_tokens
+    patch_embed.proj      embeddings.patch_embeddings.projection
+    blocks.#.norm1        encoder.layer.#.norm1
+    blocks.#.attn.qkv     encoder.layer.#.attention.attention.{query,key,value}
+    blocks.#.attn.proj    encoder.layer.#.attention.output.dense
+    blocks.#.ls1.gamma    encoder.layer.#.layer_scale1.lambda1
+    blocks.#.norm2        encoder.layer.#.norm2
+    blocks.#.mlp.fc1      encoder.layer.#.mlp.fc1
+    blocks.#.mlp.fc2      encoder.layer.#.mlp.fc2
+    blocks.#.mlp.w12      encoder.layer.#.mlp.weights_in
+    blocks.#.mlp.w3       encoder.layer.#.mlp.weights_out
+    blocks.#.ls2.gamma    encoder.layer.#.layer_scale2.lambda1
+    norm                  layernorm
+"""
+# Its ViTModel, which holds the networks of DINO; and how transformers 5 names both in memory.
+HUGGING_FACE_TOO = """
+    blocks.#.norm1        encoder.layer.#.layernorm_before
+    blocks.#.norm2        encoder.layer.#.layernorm_after
+    blocks.#.mlp.fc1      encoder.layer.#.intermediate.dense
+    blocks.#.mlp.fc2      encoder.layer.#.output.dense
+    blocks.#.attn.qkv     encoder.layer.#.attention.{q_proj,k_proj,v_proj}
+    blocks.#.attn.proj    encoder.layer.#.attention.o_proj
+    blocks.#.mlp.w12      encoder.layer.#.mlp.{gate_proj,up_proj}
+    blocks.#.mlp.w3       encoder.layer.#.mlp.down_proj
+"""
+# In timm the rest is as ours; a network has no mask token. SwiGLU is told by its shapes.
+TIMM = """
+    register_tokens       reg_token
+    blocks.#.mlp.w12      blocks.#.mlp.fc1
+    blocks.#.mlp.w3       blocks.#.mlp.fc2
+"""
+IBOT = """
+    mask_token            masked_embed
+    blocks.#.ls1.gamma    blocks.#.gamma_1
+    blocks.#.ls2.gamma    blocks.#.gamma_2
+"""
+
+# What wrappers put into names; the official training numbers blocks by chunk, so blocks.1.7 is
+# block 7; ViTModel in memory; the newer form of weight norm; a pooler, trained for another task.
+CLEAN = [
+    (r"\b(module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.", ""),
+    (r"\bblocks\.\d+\.(\d+)\.", r"blocks.\1."),
+    (r"^layers\.(\d+)\.", r"encoder.layer.\1."),
+    (r"\.parametrizations\.weight\.original0$", ".weight_g"),
+    (r"\.parametrizations\.weight\.original1$", ".weight_v"),
+    (r"^pooler\.dense\..*", ""),
+]
+INSIDE = ("teacher", "student", "state_dict", "model")  # where a file keeps weights, best first
+PARTS = ("backbone", "head", "dino_head", "ibot_head")
+
+
+def rows(table):
+    """(our name, [their names]) of each row."""
+    for ours, theirs in (line.split() for line in table.strip().splitlines()):
+        head, *pieces = re.split(r"[{,}]", theirs.rstrip("}"))
+        yield ours, [head + piece for piece in pieces or [""]]
+
+
+def read_table():
+    """{their name: (our name, number of the piece, how many)}."""
+    ours = [(name, [name]) for name, _ in rows(HUGGING_FACE)]
+    tables = [*rows(HUGGING_FACE), *rows(HUGGING_FACE_TOO), *rows(TIMM), *rows(IBOT), *ours]
+    return {t: (name, i, len(theirs)) for name, theirs in tables for i, t in enumerate(theirs)}
+
+
+def take_apart(name):
+    """blocks.7.norm1.weight -> (blocks.#.norm1, .weight, 7)."""
+    base, ending = re.fullmatch(r"(.+?)(\.weight|\.bias)?", name).groups("")
+    number = re.search(r"\.(\d+)(?=\.|$)", base)
+    return re.sub(r"\.\d+(?=\.|$)", ".#", base, count=1), ending, number[1] if number else ""
+
+
+def parts_of(tree, path):
+    """{"backbone": {our name: tensor}, and dino_head, ibot_head where it has them} of a file.
+
+    Raises UserError naming the first key that no layout knows.
+    """
+    while inside := [key for key in INSIDE if isinstance(tree.get(key), dict)]:
+        tree = tree[inside[0]]
+    state = {}
+    for key, value in tree.items():
+        for name, tensor in value.items() if isinstance(value, dict) else [("", value)]:
+            name = f"{key}.{name}".rstrip(".")
+            for pattern, plain in CLEAN:
+                name = re.sub(pattern, plain, name)
+            state |= {name: tensor} if name else {}
+    if not state:
+        raise UserError(f"{path}: not weights of a backbone by name: nothing is in it")
+    # Both networks may lie side by side, as teacher.backbone.norm.weight.
+    teacher = {n[len("teacher.") :]: v for n, v in state.items() if n.startswith("teacher.")}
+    state, parts = teacher or state, {}
+    prefixed = any(name.startswith("backbone.") for name in state)
+    for name, value in state.items():
+        if not torch.is_tensor(value):
+            raise UserError(f"{path}: not weights of a backbone by name: {name} is no tensor")
+        part, _, rest = name.partition(".") if prefixed else ("backbone", "", name)
+        if part not in PARTS:
+            raise unknown(name, path)
+        parts.setdefault(part, {})[rest] = value
+    head = parts.pop("head", {})
+    second = {n: head.pop(n) for n in list(head) if n.startswith("last_layer2.")}
+    second = {n.replace("last_layer2", "last_layer"): value for n, value in second.items()}
+    if head:
+        parts["dino_head"] = head
+    if any(not torch.equal(value, head[n]) for n, value in second.items()):
+        parts["ibot_head"] = head | second  # iBOT: two last layers on one MLP
+    return parts | {"backbone": backbone_of(parts.get("backbone", {}), path)}
+
+
+def unknown(name, path):
+    return UserError(
+        f"{path}: not weights of a backbone by name: {name} is in none of the known layouts "
+        f"({KNOWN})"
+    )
+
+
+def backbone_of(state, path):
+    """The tensors of a backbone under our names; what DINO and timm leave out is put back."""
+    table, pieces, found = read_table(), {}, {}
+    for name, value in state.items():
+        pattern, ending, number = take_apart(name)
+        if pattern not in table:
+            raise unknown(name, path)
+        ours, i, count = table[pattern]
+        ours = ours.replace("#", number) + ending
+        place = pieces.setdefault(ours, [None] * count)
+        if len(place) != count or place[i] is not None:
+            raise UserError(f"{path}: {name} is there twice, under two names")
+        place[i] = value
+    for name, place in pieces.items():
+        if all(piece is not None for piece in place):  # else the name will be missing
+            found[name] = place[0] if len(place) == 1 else torch.cat(place)
+    for name in [n for n in found if ".mlp.fc1." in n]:  # SwiGLU in timm: fc1 is twice as wide
+        second = name.replace("fc1", "fc2")
+        inner = found.get(re.sub(r"\w+$", "weight", second), found[name]).shape[-1]
+        if second in found and len(found[name]) == 2 * inner:
+            found[name.replace("fc1", "w12")] = found.pop(name)
+            found[second.replace("fc2", "w3")] = found.pop(second)
+    positions = found.get("pos_embed", torch.empty(1))
+    if positions.dim() == 3 and math.isqrt(positions.shape[1]) ** 2 == positions.shape[1]:
+        # In timm with registers, [CLS] has no position: it was added to the token.
+        found["pos_embed"] = torch.cat((torch.zeros_like(positions[:, :1]), positions), dim=1)
+    if "norm.weight" in found:  # networks that never hid a patch have no token for it
+        found.setdefault("mask_token", torch.zeros(1, len(found["norm.weight"])))
+    return found
+
+
+def renamed(state, table):
+    """The tensors of a backbone of ours under the names of a table; others keep theirs."""
+    names, out = dict(rows(table)), {}
+    for name, value in state.items():
+        pattern, ending, number = take_apart(name)
+        theirs = names.get(pattern, [pattern])
+        for their, piece in zip(theirs, value.chunk(len(theirs)), strict=True):
+            out[their.replace("#", number) + ending] = piece.clone()
+    return out
