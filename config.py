@@ -68,6 +68,7 @@ class Data:
     channels: int = 3  # of the images: 1 grey, 3 RGB, more for other sensors
     max_damaged: float = 0.01  # share of damaged images at which a run stops, if they are above 20
     max_pixels: int = 178_956_970  # width x height of a picture, above it is damaged; 0: no limit
+    synthetic_images: int = 8000  # size of the embedded set; a fourth as many are held out
 
 
 @dataclass
@@ -174,7 +175,9 @@ class Distill:
 @dataclass
 class Log:
     every: int = 10  # steps between lines of progress
-    knn_every: int = 12500  # steps between k-NN evaluations; 0: only at the end
+    knn: bool = True  # k-NN before the first step, on the way and at the end; false: none at all
+    knn_every: int = 12500  # steps between k-NN evaluations; 0: only at the start and the end
+    knn_images: int = 0  # at most so many training and so many held-out images for it; 0: all
     save_every: int = 3750  # steps between checkpoints, of which the last two are kept
     keep_every: int = 0  # steps between teachers that are kept, as out/teachers/*.pt; 0: none
     pictures: bool = True  # curves, crops and neighbours in the run folder
@@ -292,11 +295,12 @@ def assign(cfg, key, value, source):
 
 def nearest(key, options=()):
     """`did you mean ...`: options of the program first, then keys, by their last part too."""
-    known = {name.rpartition(".")[2]: name for name, _ in reversed(documented())}
-    known |= {name: name for name, _ in documented()} | {name: name for name in options}
-    for word in (key, key.rpartition(".")[2]):
-        for close in difflib.get_close_matches(word, known, n=1, cutoff=0.7):
-            return f"did you mean {known[close]}?"
+    keys = {name.rpartition(".")[2]: name for name, _ in reversed(documented())}
+    keys |= {name: name for name, _ in documented()}
+    for known in ({name: name for name in options}, keys):
+        for word in (key, key.rpartition(".")[2]):
+            for close in difflib.get_close_matches(word, known, n=1, cutoff=0.75):
+                return f"did you mean {known[close]}?"
     return "--help lists them all"
 
 
@@ -356,6 +360,7 @@ BOUNDS = [
     ("at least 1", (1, math.inf), """steps batch accumulate data.channels crops.global_size
         crops.local_size vit.patch head.prototypes head.hidden head.bottleneck head.layers
         log.every log.save_every"""),
+    ("at least 48", (48, math.inf), "data.synthetic_images"),  # 12 held out: one of each class
     ("above 0", (1e-12, math.inf), """data.std crops.ratio augment.blur_sigma loss.student_temp
         teacher.temp teacher.temp_start"""),
     ("above 0 and at most 1", (1e-12, 1), "crops.global_scale crops.local_scale optim.layer_decay"),
@@ -456,28 +461,40 @@ def documented():
 # ---- command line -----------------------------------------------------------------------------
 
 
-def main_arguments(argv, usage):
-    """(first word, the others) of the command line; prints the help for -h, --help and no words."""
-    if not argv or "-h" in argv or "--help" in argv:
-        print(help_text(usage))
-        sys.exit(0 if argv else 2)
+def main_arguments(argv, usage, keys=("",)):
+    """(first word, the others) of the command line. No words: prints the usage; --help: also keys.
+
+    keys  how the keys begin that --help explains
+    """
+    if not argv:
+        print(usage.strip("\n") + "\n(--help also explains the keys)")
+        sys.exit(2)
+    if "-h" in argv or "--help" in argv:
+        print(help_text(usage, keys))
+        sys.exit(0)
     return os.path.expanduser(argv[0]), argv[1:]
 
 
-def help_text(usage):
-    """What --help prints: usage, examples, and every key with its default and comment."""
-    lines, section = [usage.strip("\n")], None
+def help_text(usage, keys=("",)):
+    """What --help prints: usage, examples, and every such key with its default and comment."""
+    lines = [usage.strip("\n"), "", f"{'key':<28}{'default':<23}meaning"]
+    section, wanted = "", True
     for key, comment in documented():
+        wanted = key.startswith(keys) if key else wanted  # without a key: more of the one before
+        if not wanted:
+            continue
         if key and key.rpartition(".")[0] != section:
             section = key.rpartition(".")[0]
-            lines += ["", f"{section}:" if section else f"{'key':<28}{'default':<23}meaning"]
+            lines += ["", f"{section}:"] if section else []
         default = shown(lookup(Config(), key)) if key else ""
         lines.append(f"  {key:<26}{default:<23}{comment}")
     return "\n".join(lines)
 
 
-def take_options(words, defaults):
+def take_options(words, defaults, least=None):
     """A program's own options, by their defaults, out of key=value words: (namespace, the rest).
+
+    least: the smallest value that an option may have
 
     Raises UserError where a value is not of the default's type, or a word is almost an option.
     """
@@ -491,6 +508,9 @@ def take_options(words, defaults):
             raise UserError(f"override {word}: unknown key {key}; {nearest(key, defaults)}")
         else:
             rest.append(os.path.expanduser(word))
+    for key, value in (least or {}).items():
+        if getattr(options, key) < value:
+            raise UserError(f"{key}={getattr(options, key)} must be at least {value}")
     return options, rest
 
 

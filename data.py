@@ -31,6 +31,7 @@ from torch.utils.data import DataLoader
 import augment
 from config import UserError
 from images.sources import open_source, read_or_next, split_folder
+from parallel import warn_once
 
 # More workers than cores are no mistake where images come over a network: they wait side by side.
 warnings.filterwarnings("ignore", message="This DataLoader will create")
@@ -203,62 +204,42 @@ def one_line_errors(batches):
 # ---- evaluation ---------------------------------------------------------------------------------
 
 
-class Part:
-    """Some images of a source, as a source."""
-
-    def __init__(self, source, indices):
-        self.source, self.indices, self.classes = source, indices, source.classes
-
-    def __len__(self):
-        return len(self.indices)
-
-    def read(self, i):
-        return self.source.read(self.indices[i])
-
-    def label(self, i):
-        return self.source.label(self.indices[i])
-
-    def name(self, i):
-        return self.source.name(self.indices[i])
-
-
-# Names of folders that, side by side, would pass for classes: k-NN would then tell training images
-# from test images. (train/ beside val/ or test/ never comes so far.)
-SPLITS = {"train", "training", "val", "valid", "validation", "dev", "test", "testing", "unlabeled"}
+DAMAGED = -2  # in place of the label of an image that cannot be read (one without a class has -1)
 
 
 def evaluation_images(cfg):
-    """(images with known labels, images to classify), or None if there are no labels.
+    """What k-NN during training compares, at most log.knn_images of each part; None: no k-NN."""
+    from images.held_out import LabelError, some
 
-    A data set without a held-out part is divided: every tenth image is classified by the others.
-    Training has seen them all, though never their labels.
-    """
-    root, val = cfg.data.root, cfg.data.val
-    if root == "synthetic":
-        return open_source(root, cfg, "train"), open_source(root, cfg, "test")
-    if not val and split_folder(root, "train") == split_folder(root, "test"):
-        source = open_source(root, cfg, "train")
-        if len(source.classes) > 1 and SPLITS.issuperset(map(str.lower, source.classes)):
-            parts = " and ".join(source.classes)
-            raise UserError(
-                f"{root}: {parts} are parts of a data set, not classes; name them train and val, "
-                "or set data.root= to one and data.val= to the other"
-            )
-        rest = [i for i in range(len(source)) if i % 10]
-        known = {source.label(i) for i in rest}
-        tenth = [i for i in range(0, len(source), 10) if source.label(i) in known]
-        divided = Part(source, rest), Part(source, tenth)
-        return divided if len(source.classes) > 1 and tenth else None
-    train = open_source(root, cfg, "train")
-    if not train.classes:
+    if not cfg.log.knn:
         return None
-    return train, open_held_out(cfg, train.classes)
+    try:
+        parts = labelled_images(cfg)
+    except UserError as error:
+        if cfg.data.val and not isinstance(error, LabelError):
+            raise  # a folder that was named must be there; else measuring is optional
+        warn_once(f"no k-NN during training: {error}")
+        return None
+    return some(*parts, cfg.log.knn_images) if parts and cfg.log.knn_images else parts
 
 
-def open_held_out(cfg, classes=None):
-    """The images to classify: those of data.val, or else of val/ or test/ in data.root."""
-    root, key = (cfg.data.val, "data.val") if cfg.data.val else (cfg.data.root, "data.root")
-    return open_source(root, cfg, "test", classes, key=key)
+def labelled_images(cfg):
+    """(images with known labels, images to classify) of data.root and data.val; see pair()."""
+    from images.held_out import pair
+
+    root, val = cfg.data.root, cfg.data.val
+    train, test = open_source(root, cfg, "train"), open_held_out(cfg)
+    return pair(train, test, f"data.val={val}" if val else f"data.root={root}")
+
+
+def open_held_out(cfg):
+    """The images to classify: those of data.val, or else of val/ or test/ in data.root; or None."""
+    root, val = cfg.data.root, cfg.data.val
+    if val:
+        return open_source(val, cfg, "test", key="data.val")
+    if root == "synthetic" or split_folder(root, "train") != split_folder(root, "test"):
+        return open_source(root, cfg, "test")
+    return None
 
 
 def centre_crop(image, size):
@@ -290,7 +271,7 @@ def resize(image, height, width):
 
 
 class Evaluation:
-    """Index -> (crop (C, size, size), label); a damaged image is replaced as in training.
+    """Index -> (crop (C, size, size), label); a damaged image is marked, and counts nowhere.
 
     A rank has every `world`-th image. All have equally many, for which the last begin again: with
     sharded weights, each forward pass is an appointment of all ranks.
@@ -305,7 +286,8 @@ class Evaluation:
     def __getitem__(self, index):
         index = (index * self.world + self.rank) % len(self.source)
         image, at, _ = read_or_next(self.source, index)
-        return centre_crop(image, self.size), self.source.label(at)
+        # In place of a damaged image lies the next one, as batches of all ranks are equally large.
+        return centre_crop(image, self.size), self.source.label(at) if at == index else DAMAGED
 
 
 def evaluation_batches(source, cfg, batch=256, device="cpu", rank=0, world=1):

@@ -26,23 +26,35 @@ import torch.nn.functional as F
 import config
 import data
 from config import UserError
-from parallel import dtype_of, in_order, process_group, progress, ranks, without_tf32
+from images.sources import read_or_next
+from parallel import (
+    counted,
+    dtype_of,
+    in_order,
+    process_group,
+    progress,
+    ranks,
+    warn_once,
+    without_tf32,
+)
 from vit import assign
 
 NEIGHBOURS = (10, 20, 100, 200)
 TEMPERATURE = 0.07
 CHUNK_M, CHUNK_N = 4096, 16384  # similarities worked out at once: 256 MB
+FEW = 100  # test images; below, one of them is more than a point
 
 
 # ---- features -----------------------------------------------------------------------------------
 
 
 @torch.no_grad()
-def extract_features(backbone, source, cfg, device, what="features", keep=None):
-    """L2-normalised [CLS] of every image of a source, (N, D) fp32, and labels (N,).
+def extract(network, source, cfg, device, what="features", keep=None):
+    """network(images) of every image of a source, (N, ...) fp32, and labels (N,).
 
     Each rank works on its share of the images; all of them get all features. They stay on
-    `device`, or go to `keep`: "cpu" if there are too many for the GPU.
+    `device`, or go to `keep`: "cpu" if there are too many for the GPU. An image that cannot be read
+    has the label DAMAGED, and features of another one: it must not count.
     """
     # no_grad, not inference_mode: sharded weights are gathered into tensors that training uses too.
     features, labels = [], []
@@ -50,12 +62,33 @@ def extract_features(backbone, source, cfg, device, what="features", keep=None):
     batches = data.evaluation_batches(source, cfg, device=device, rank=rank, world=world)
     with progress(total=len(source), desc=what, unit=" images") as bar:
         for image_BCHW, label_B in batches:
-            cls_BD = backbone(image_BCHW.to(dtype_of(cfg)))
-            features.append(in_order(F.normalize(cls_BD.float(), dim=1)).to(keep or device))
+            x_BD = network(image_BCHW.to(dtype_of(cfg)))
+            features.append(in_order(x_BD.float()).to(keep or device))
             labels.append(in_order(label_B.to(device)).to(keep or device))
             bar.update(len(label_B) * world)
     # With several ranks the first images come again at the end, to fill the last batch.
     return torch.cat(features)[: len(source)], torch.cat(labels)[: len(source)]
+
+
+def extract_features(backbone, *more, **options):
+    """The same for k-NN: L2-normalised [CLS] of every image, (N, D)."""
+    return extract(lambda x: F.normalize(backbone(x).float(), dim=1), *more, **options)
+
+
+def tell_damaged(source, label_N):
+    """Say how many images cannot be read, and name the first with the reason."""
+    rows = (label_N == data.DAMAGED).nonzero().flatten().tolist()
+    if rows:
+        first, *_ = [*read_or_next(source, rows[0])[2], source.name(rows[0])]
+        warn_once(f"{counted(len(rows), 'damaged image')} left out, the first: {first}")
+
+
+def tally(train, test, classes):
+    """The count of an evaluation in words, the same in all programs; warns if few are tested."""
+    if test < FEW:
+        warn_once(f"only {counted(test, 'test image')}: each is worth {100 / test:.1f} points")
+    names = ", ".join(classes[:6]) + ", ..." * (len(classes) > 6)
+    return f"{train:,} training, {test:,} test images, {len(classes)} classes ({names})"
 
 
 class RawPixels(torch.nn.Module):
@@ -123,17 +156,26 @@ def nearest(test_mD, train_ND, label_N, k):
 
 
 def top_accuracy(vote_MC, label_M, top=1):
-    """Percentage of test images whose class is among the `top` with most votes."""
-    best = vote_MC.topk(min(top, vote_MC.shape[1]), dim=1).indices
-    return 100 * (best == label_M.unsqueeze(1)).any(dim=1).sum().item() / len(label_M)
+    """Percentage of test images whose class is among the `top` with most votes.
+
+    Differs from the official code, where classes without a vote fill up the best five, as chance
+    has it: with k=1 that makes a top-5 of 54 % out of noise.
+    """
+    votes, best = vote_MC.topk(min(top, vote_MC.shape[1]), dim=1)
+    right = (best == label_M.unsqueeze(1)) & (votes > 0)
+    return 100 * right.any(dim=1).sum().item() / len(label_M)
 
 
 def accuracies(train, test, classes, neighbours, device):
-    """{"knn_10": .., "knn_20": .., "knn_10_top5": .., ...} from (features, labels) of both."""
+    """{"knn_10": .., "knn_20": .., "knn_10_top5": .., ...} from (features, labels) of both.
+
+    Top-5 where it says something: for k of 5 or more, and of more than 5 classes.
+    """
     votes = knn_probabilities(*train, test[0], classes, neighbours, device=device)
     label_M = test[1].to(device)
     top1 = {f"knn_{k}": top_accuracy(vote, label_M) for k, vote in votes.items()}
-    return top1 | {f"knn_{k}_top5": top_accuracy(vote, label_M, 5) for k, vote in votes.items()}
+    fives = {k: vote for k, vote in votes.items() if k >= 5 and classes > 5}
+    return top1 | {f"knn_{k}_top5": top_accuracy(vote, label_M, 5) for k, vote in fives.items()}
 
 
 def few_shot(train, test, classes, neighbours, n, tries, device):
@@ -164,56 +206,49 @@ def draw(label_N, n, seed):
     )
 
 
-def labelled(features, labels):
-    """Without the images that lie beside the folders of the classes."""
-    return features[labels >= 0], labels[labels >= 0]
-
-
 def evaluate(
-    backbone, sources, cfg, device, neighbours=(), per_class=(), tries=5, cache="", keep=""
+    backbone, sources, cfg, device, neighbours=(), per_class=(), tries=5, cache="", say=None
 ):
     """k-NN accuracy in percent: {"knn_10": .., "knn_20": .., "knn_10_top5": .., ...}.
 
     sources     (labelled training images, test images)
     neighbours  (): those of the official protocol of which there are so many training images
     per_class   also few-shot with so many images of each class, and `tries` draws
-    cache       folder that keeps the features;  keep="cpu": see extract_features
-    Raises UserError if a class has no training image, or k is larger than their number.
+    cache       folder that keeps the features
+    say         is told the number of images: damaged ones are left out
+    Raises UserError with fewer than two classes, or if k is larger than the number of images.
     """
 
-    def extract(source, what):
-        what = f"k-NN, {what} images"
-        if cache:
+    def features(source, what):
+        more = backbone, source, cfg, device, f"k-NN, {what} images"
+        if cache and hasattr(backbone, "blocks"):  # pixels take more space than their images
             from evals.cache import cached_features
 
-            more = backbone, source, cfg, device, what, keep
-            return cached_features(cache, extract_features, *more)
-        return extract_features(backbone, source, cfg, device, what, keep)
+            x_ND, label_N = cached_features(cache, extract_features, *more)
+        else:
+            x_ND, label_N = extract_features(*more)
+        tell_damaged(source, label_N)
+        return x_ND[label_N >= 0], label_N[label_N >= 0]
 
     training = backbone.training
     backbone.eval()
-    train = labelled(*extract(sources[0], "training"))
-    test = labelled(*extract(sources[1], "test"))
+    train, test = features(sources[0], "training"), features(sources[1], "test")
     backbone.train(training)
-    classes, count = sources[0].classes, len(train[1])
-    check_classes(train[1], test[1], classes)
-    if per_class and max(per_class) > (most := int(train[1].bincount().max())):
+    # If all training images of a class are damaged, nothing can find its test images.
+    test = [x[torch.isin(test[1], train[1])] for x in test]
+    per_label = train[1].bincount()
+    if (per_label > 0).sum() < 2 or not len(test[1]):
+        raise UserError("k-NN needs readable images of two classes, and some to test on")
+    names, count = sources[0].classes, len(train[1])
+    if say:
+        say(tally(count, len(test[1]), [names[c] for c in per_label.nonzero().flatten()]))
+    if per_class and max(per_class) > (most := int(per_label.max())):
         raise UserError(f"per_class={max(per_class)}, but no class has more than {most} images")
     k = neighbours or [k for k in NEIGHBOURS if k <= count] or [count]
-    result = accuracies(train, test, len(classes), k, device)
+    result = accuracies(train, test, len(names), k, device)
     for n in per_class:
-        k = neighbours or NEIGHBOURS
-        result |= few_shot(train, test, len(classes), k, n, tries, device)
+        result |= few_shot(train, test, len(names), neighbours or NEIGHBOURS, n, tries, device)
     return result
-
-
-def check_classes(label_N, label_M, names):
-    if not len(label_M):
-        raise UserError("no labelled test image: data.val needs a sub-folder for each class")
-    missing = set(label_M.tolist()) - set(label_N.tolist())
-    if missing:
-        missing = ", ".join(names[c] for c in sorted(missing))
-        raise UserError(f"no training image of class {missing}: k-NN cannot find it")
 
 
 # ---- command line -------------------------------------------------------------------------------
@@ -229,28 +264,15 @@ dinov2_vitb14_reg, ...). Options:
   per_class=1,5    few-shot: also with so many training images of each class,
   tries=5          drawn anew so often: mean and standard deviation
   cache=FOLDER     keep the features there, and use them again
-  features=cpu     where they wait meanwhile, if the GPU has too little memory for all
-  --floors         also an untrained network and the raw pixels
+  --floors         also an untrained network, and the raw pixels, normalised as for a network
 Keys override the config of the run (a released network has crops.global_size=224, precision=fp32):
-  python eval_knn.py runs/default
   python eval_knn.py runs/default data.root=/photos data.val=/other/photos precision=fp32
 """
+# What of a config concerns an evaluation: the keys that --help explains.
+KEYS = ("data.", "crops.global_size", "precision", "device")
 
-
-OPTIONS = {"k": "", "per_class": "", "tries": 5, "cache": "", "features": ""}
-
-
-def parse(words):
-    """(arguments of evaluate, whether floors are asked for, overrides of the config)."""
-    floors = "--floors" in words
-    o, overrides = config.take_options([w for w in words if w != "--floors"], OPTIONS)
-    if o.features not in ("", "cpu"):
-        raise UserError(f"features={o.features}: write features=cpu, or leave it out")
-    if o.tries < 1:
-        raise UserError(f"tries={o.tries}: write a number above 0")
-    options = {"neighbours": numbers("k", o.k), "per_class": numbers("per_class", o.per_class)}
-    options |= {"tries": o.tries, "cache": o.cache, "keep": o.features}
-    return options, floors, overrides
+OPTIONS = {"k": "", "per_class": "", "tries": 5, "cache": ""}
+FLOORS = {"this network": "", "untrained network": "_random", "raw pixels": "_pixels"}
 
 
 def numbers(key, text):
@@ -261,30 +283,41 @@ def numbers(key, text):
     return [int(n) for n in words]
 
 
-def settle(cfg, overrides, backbone, run):
-    """Apply the overrides, and refuse those that the backbone cannot follow."""
+def open_network(run, words, batch=0):
+    """(backbone, Config) of a run, file or released name, to evaluate with these overrides."""
+    from weights.load import load_backbone
+
+    backbone, cfg = load_backbone(run, with_config=True)
+    settle(cfg, words, backbone, run, batch)
+    return backbone, cfg
+
+
+def settle(cfg, words, backbone, title, batch=0):
+    """Apply overrides to the config of a network, and refuse those that it cannot follow."""
     before = config.to_dict(cfg)["vit"]
-    config.override(cfg, overrides)
+    config.override(cfg, words)
+    # Those of the training are of no use here: ranks only share out the images.
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    cfg.parallel, cfg.batch, cfg.accumulate = "ddp" if world > 1 else "none", batch or world, 1
     config.check(cfg)
     for key, value in config.to_dict(cfg)["vit"].items():
         if value != before[key]:
-            raise UserError(f"vit.{key}={value}, but {run} has {before[key]}: leave the key out")
+            raise UserError(f"vit.{key}={value}, but {title} has {before[key]}: leave the key out")
     channels = backbone.patch_embed.proj.in_channels
     if cfg.data.channels != channels:
         raise UserError(
-            f"data.channels={cfg.data.channels}, but {run} reads {channels}: "
+            f"data.channels={cfg.data.channels}, but {title} reads {channels}: "
             f"give images of {channels} channels"
         )
-    # These are about training; here ranks only share out the images.
-    world = int(os.environ.get("WORLD_SIZE", 1))
-    cfg.parallel, cfg.batch, cfg.accumulate = "ddp" if world > 1 else "none", world, 1
 
 
-def labelled_sources(cfg):
-    sources = data.evaluation_images(cfg)
+def labelled_images(cfg):
+    """(training images, test images); UserError if there are no labels."""
+    sources = data.labelled_images(cfg)
     if sources is None:
         raise UserError(
-            f"data.root={cfg.data.root}: no labelled train and test images; set data.val"
+            f"data.root={cfg.data.root}: fewer than two classes; give a folder with a sub-folder "
+            "for each, and if held-out images lie elsewhere, set data.val"
         )
     return sources
 
@@ -307,41 +340,26 @@ def cell(scores, name):
 
 @config.report_errors
 def main(argv):
-    run, words = config.main_arguments(argv, USAGE)
-    options, floors, overrides = parse(words)
-    from weights.load import load_backbone
-
-    backbone, cfg = load_backbone(run, with_config=True)
-    settle(cfg, overrides, backbone, run)
-    train, test = sources = labelled_sources(cfg)
+    run, words = config.main_arguments(argv, USAGE, KEYS)
+    floors, words = "--floors" in words, [word for word in words if word != "--floors"]
+    o, words = config.take_options(words, OPTIONS, {"tries": 1})
+    options = {"neighbours": numbers("k", o.k), "per_class": numbers("per_class", o.per_class)}
+    backbone, cfg = open_network(run, words)
+    sources, columns = labelled_images(cfg), {}
     with process_group(cfg) as device:
-        rank = ranks()[0]
-        if rank == 0:
-            print(f"{len(train)} training, {len(test)} test images, {len(train.classes)} classes")
-        networks = {"this network": backbone.to(device)}
-        if floors:
-            networks["untrained network"] = untrained(backbone, cfg.seed)
-            networks["raw pixels"] = RawPixels()
-        columns = {
-            title: evaluate(network, sources, cfg, device, **options)
-            for title, network in networks.items()
-        }
-    if rank == 0:
+        first = ranks()[0] == 0
+        networks = backbone.to(device), untrained(backbone, cfg.seed), RawPixels()
+        for title, network in list(zip(FLOORS, networks, strict=True))[: 3 if floors else 1]:
+            options["say"] = print if first and not columns else None
+            columns[title] = evaluate(
+                network, sources, cfg, device, tries=o.tries, cache=o.cache, **options
+            )
+    if first:
         print("\n".join(line.rstrip() for line in table(columns)))
         if Path(run).is_dir():
-            keep_scores(Path(run, "knn.json"), columns)
-
-
-def keep_scores(path, columns):
-    """Scores as in the table; those of a floor are called knn_20_random or knn_20_pixels."""
-    endings = ("", "_random", "_pixels")
-    result = {
-        name + ending: value
-        for ending, scores in zip(endings, columns.values(), strict=False)
-        for name, value in scores.items()
-    }
-    with config.writing(path):
-        path.write_text(json.dumps(result, indent=1) + "\n")
+            scores = {n + FLOORS[t]: v for t, column in columns.items() for n, v in column.items()}
+            with config.writing(Path(run, "knn.json")):
+                Path(run, "knn.json").write_text(json.dumps(scores, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ COLLECTIVE_TIMEOUT (environment, seconds, 600) is how long ranks wait for each o
 """
 
 import contextlib
+import functools
 import os
 import sys
 import warnings
@@ -103,6 +104,14 @@ def warn(text):
     """One line on stderr, from the first process only."""
     if first_process():
         print(f"warning: {text}", file=sys.stderr)
+
+
+warn_once = functools.cache(warn)
+
+
+def counted(n, noun):
+    """`1 image`, `2 images`, `1,000 images`."""
+    return f"{n:,} {noun}" + "s" * (n != 1)
 
 
 def progress(items=None, **kwargs):

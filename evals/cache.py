@@ -1,70 +1,81 @@
-"""Features of a data set that are computed once: `python eval_knn.py RUN cache=FOLDER`."""
+"""Features of a data set that are computed once, a file for each CHUNK of images.
+
+Used by `python eval_knn.py RUN cache=FOLDER` and by features.py. What was interrupted goes on.
+"""
 
 import hashlib
 import os
 from pathlib import Path
 
 import numpy as np
+import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 
-import data
-from config import UserError
+from config import UserError, writing
+from images.held_out import Part
 from images.index import stamps
 from parallel import dtype_of, lists_of_ranks, ranks
 
+CHUNK = 4096  # images
+
 
 def cached_features(folder, extract, backbone, source, cfg, device, what, keep=None):
-    """(features, labels) of extract(backbone, source, ...), from this folder or put there.
+    """(features, labels) of extract(backbone, source, ...), from this folder or put there."""
+    found = chunks(folder, extract, backbone, source, cfg, device, what)
+    features, labels = zip(*found, strict=True)
+    return tuple(torch.cat(parts).to(keep or device) for parts in (features, labels))
 
-    The file is named after everything that the features depend on, so that it is never used for
-    another network, data set or size.
+
+def chunks(folder, extract, backbone, source, cfg, device, what, more=""):
+    """Iterator of (features, labels) on the CPU, of CHUNK images after the other.
+
+    They lie in a folder that is named after everything that they depend on (`more`: in the words of
+    the caller), so that they are never used for another network, data set or size.
     """
-    if not hasattr(backbone, "blocks"):  # raw pixels: larger than the images that they come from
-        return extract(backbone, source, cfg, device, what, keep)
-    path = Path(folder, f"{fingerprint(backbone, source, cfg)}.safetensors")
-    if all(lists_of_ranks([path.exists()])):  # ranks agree: extracting is work for all of them
-        try:
-            found = load_file(path)
-            return tuple(found[name].to(keep or device) for name in ("features", "labels"))
-        except (OSError, KeyError, SafetensorError) as error:
-            raise UserError(f"{path}: cannot be read ({error}); delete this file") from None
-    features, labels = extract(backbone, source, cfg, device, what, keep)
-    if ranks()[0] == 0:
-        aside = path.with_suffix(".part")
-        try:
-            aside.parent.mkdir(parents=True, exist_ok=True)
-            save_file({"features": features, "labels": labels}, aside)
-            os.replace(aside, path)
-        except (OSError, SafetensorError) as error:
-            raise UserError(f"{path}: cannot be written ({error}); set cache=FOLDER") from None
-    return features, labels
+    folder = Path(folder, fingerprint(backbone, source, cfg, more))
+    for start in range(0, len(source), CHUNK):
+        path = folder / f"{start:010}.safetensors"
+        if all(lists_of_ranks([path.exists()])):  # ranks agree: extracting is work for all of them
+            try:
+                found = load_file(path)
+                yield found["features"], found["labels"]
+            except (OSError, KeyError, SafetensorError) as error:
+                raise UserError(f"{path}: cannot be read ({error}); delete this file") from None
+            continue
+        part = Part(source, range(start, min(start + CHUNK, len(source))))
+        title = f"{what} ({start:,} of {len(source):,} done)" if start else what
+        features, labels = (x.cpu() for x in extract(backbone, part, cfg, device, title, "cpu"))
+        if ranks()[0] == 0:
+            aside = path.with_suffix(".part")  # what is interrupted leaves no half file
+            with writing(path):
+                folder.mkdir(parents=True, exist_ok=True)
+                aside.write_bytes(save({"features": features.contiguous(), "labels": labels}))
+                os.replace(aside, path)
+        yield features, labels
 
 
-def fingerprint(backbone, source, cfg):
+def fingerprint(backbone, source, cfg, more=""):
     """A word that differs if weights, network, images, labels, size or precision do."""
     digest = hashlib.sha256()
     for name, value in backbone.state_dict().items():
         digest.update(f"{name} {tuple(value.shape)}".encode())
         digest.update(value.cpu().contiguous().numpy())
-    heads = [block.attn.heads for block in backbone.blocks]
-    digest.update(
-        repr([heads, backbone.interpolate_offset, backbone.interpolate_antialias]).encode()
-    )
-    how = [cfg.crops.global_size, dtype_of(cfg), cfg.data.mean, cfg.data.std]
+    how = [block.attn.heads for block in backbone.blocks]
+    how += [backbone.interpolate_offset, backbone.interpolate_antialias, cfg.crops.global_size]
+    how += [dtype_of(cfg), cfg.data.mean, cfg.data.std, more]
     digest.update(repr([*how, *source_words(source)]).encode())
     return digest.hexdigest()[:32]
 
 
 def source_words(source):
     """Whatever changes when the images of a source do: labels, names, sizes and times of files."""
-    if isinstance(source, data.Part):
-        yield from source_words(source.source)
-        yield list(source.indices)
-        return
     yield source.classes
     yield hashlib.sha256(np.asarray(source.labels, np.int64).tobytes()).hexdigest()
-    if hasattr(source, "index"):  # files, or shards of them
+    if isinstance(source, Part):
+        yield hashlib.sha256(np.asarray(source.indices, np.int64).tobytes()).hexdigest()
+        yield from source_words(source.source)
+    elif hasattr(source, "index"):  # files, or shards of them
         yield hashlib.sha256(source.index.names.tobytes()).hexdigest()
         yield hashlib.sha256(source.index.slices.tobytes()).hexdigest()
         names = [str(Path(source.root, source.name(i))) for i in range(len(source))]

@@ -4,7 +4,7 @@
     python -m evals.dense draw FOLDER       such a folder to try it on, drawn by the program
 
 A mask is a PNG whose pixels (palette or grey) are numbers of classes; 255 is not counted. FOLDER
-may hold train/ and val/ with images/ and masks/ each; otherwise every fifth image is a test image.
+may hold train/ and val/ with images/ and masks/ each; else a fifth, drawn by seed, is tested.
   k-NN     a patch is what the training patches most like it are
   linear   logistic regression on the patch tokens; held-out images choose the penalty
 Scores of patches are enlarged to the size of the mask (bilinear); the class with the highest wins.
@@ -27,78 +27,95 @@ from PIL import Image
 import config
 import data
 from config import UserError
-from eval_knn import knn_probabilities, untrained
+from eval_knn import KEYS, knn_probabilities, open_network, untrained
 from evals.logistic import logistic_path, penalties
 from images import synthetic
-from images.reader import PICTURES, read_image
-from parallel import dtype_of, pick_device, progress
-from weights.load import load_backbone
+from images.held_out import divide
+from images.reader import EXTENSIONS, read_image
+from parallel import counted, dtype_of, pick_device, progress, warn
 
 IGNORED = 255
 
 # ---- images and masks ---------------------------------------------------------------------------
 
 
-def splits(folder):
-    """([(image, mask)] to learn from, [(image, mask)] to test with), paths."""
+def splits(folder, channels=3):
+    """(pairs to learn from, classes that each shows (N, C); the same of the pairs to test with)."""
     folder = Path(folder)
     if (folder / "train").is_dir():
         held_out = folder / ("val" if (folder / "val").is_dir() else "test")
-        return pairs(folder / "train"), pairs(held_out)
-    found = pairs(folder)
-    if len(found) < 5:
-        raise UserError(f"{folder}: {len(found)} images; at least 5 are needed to test on one")
-    return [p for i, p in enumerate(found) if i % 5], found[::5]
+        train, test = checked(folder / "train", channels), checked(held_out, channels)
+    else:
+        found, shown_NC = checked(folder, channels)
+        kept, held = fifth(shown_NC, folder)
+        train, test = (([found[i] for i in rows], shown_NC[rows]) for rows in (kept, held))
+    known_C, asked_C = train[1].any(axis=0), test[1].any(axis=0)
+    if min(known_C.sum(), asked_C.sum()) < 2:
+        raise UserError(
+            f"{folder}: the masks to learn from or to test with show fewer than two classes: "
+            f"nothing to tell apart; {IGNORED} is not counted: save what it marks as 1"
+        )
+    if (missing := (asked_C & ~known_C).nonzero()[0]).size:
+        raise UserError(
+            f"class {missing[0]} is in the test masks but in no training mask: add images "
+            f"that show it, or call it {IGNORED}"
+        )
+    return *train, *test
 
 
-def pairs(folder):
-    """[(image, mask)] of a folder with images/ and masks/, by name without the ending."""
+def fifth(shown_NC, where, seed=0):
+    """(rows that stay, a fifth to be held out), such that classes are on both sides if they can."""
+    kept, held = divide(np.where(shown_NC, 0, -1), 0.2, seed)
+    if len(shown_NC) < 5 or not len(held):
+        count = counted(len(shown_NC), "image")
+        raise UserError(f"{where}: {count}, too few to hold some out; at least 5 are needed")
+    return kept, held
+
+
+def checked(folder, channels):
+    """([(image, mask)] of a folder with images/ and masks/, by name; classes that each shows)."""
     for name in ("images", "masks"):
         if not (folder / name).is_dir():
             raise UserError(f"{folder / name}: no such folder; images/x.jpg goes with masks/x.png")
-    images = sorted(p for p in (folder / "images").iterdir() if p.suffix.lower() in PICTURES)
-    if not images:
-        raise UserError(f"{folder / 'images'}: no images")
-    found = [(image, folder / "masks" / f"{image.stem}.png") for image in images]
-    for image, mask in found:
+    found, shown, damaged = [], [], []
+    images = [p for p in (folder / "images").iterdir() if p.suffix.lower() in EXTENSIONS]
+    for image in progress(sorted(images), desc="masks"):
+        mask = folder / "masks" / f"{image.stem}.png"
         if not mask.exists():
             raise UserError(f"{mask}: no such file; {image.name} needs a mask, or must go")
-    return found
+        classes_HW = read_mask(mask)
+        try:
+            height, width = read_image(image, channels).shape[:2]
+        except Exception as error:  # of a decoder that was fed with anything
+            damaged.append(f"{image}: {' '.join(str(error).split())}")
+            continue
+        if classes_HW.shape != (height, width):
+            rows, columns = classes_HW.shape
+            raise UserError(
+                f"{mask}: {columns} x {rows} pixels, but {image.name} has {width} x {height}: "
+                "save it in the size of its image"
+            )
+        found.append((image, mask))
+        shown.append(np.bincount(classes_HW.flatten(), minlength=256)[:IGNORED] > 0)
+    if not found:
+        raise UserError(f"{folder / 'images'}: no images that can be read {' '.join(damaged[:1])}")
+    if damaged:
+        words = counted(len(damaged), "damaged image")
+        warn(f"{words} left out, the first: {damaged[0]}")
+    return found, np.array(shown)
 
 
-def read_mask(image, mask):
-    """Numbers of classes (H, W) uint8. Raises UserError if it is no mask of this image."""
+def read_mask(mask):
+    """Numbers of classes (H, W) uint8. Raises UserError if it is no mask."""
     try:
         with Image.open(mask, formats=["PNG"]) as picture:
             if picture.mode not in ("P", "L", "1"):
                 raise UserError(
                     f"{mask}: a {picture.mode} picture; save classes as palette or 8-bit grey"
                 )
-            classes_HW = np.asarray(picture).astype(np.uint8)
-        height, width = read_image(image, None).shape[:2]
-    except (OSError, ValueError) as error:
-        raise UserError(f"{mask} or {image}: cannot be read ({error})") from None
-    if classes_HW.shape != (height, width):
-        rows, columns = classes_HW.shape
-        raise UserError(
-            f"{mask}: {columns} x {rows} pixels, but {image.name} has {width} x {height}: "
-            "save it in the size of its image"
-        )
-    return classes_HW
-
-
-def count_classes(train, test):
-    """How many classes there are. Raises UserError if one is to be found that is never shown."""
-    train, test = (
-        set().union(*(np.unique(read_mask(*pair)).tolist() for pair in part)) - {IGNORED}
-        for part in (train, test)
-    )
-    if test - train:
-        raise UserError(
-            f"class {min(test - train)} is in the test masks but in no training mask: add images "
-            f"that show it, or call it {IGNORED}"
-        )
-    return max(train) + 1
+            return np.asarray(picture).astype(np.uint8)
+    except (OSError, ValueError, SyntaxError) as error:
+        raise UserError(f"{mask}: cannot be read ({error})") from None
 
 
 # ---- patches ------------------------------------------------------------------------------------
@@ -115,8 +132,7 @@ def patch_tokens(backbone, image, size, cfg, device):
     scale = min(size / short, 1)
     h, w = (max(round(side * scale / patch), 1) for side in pixels_HWC.shape[:2])
     x_CHW = torch.tensor(data.resize(pixels_HWC, h * patch, w * patch)).permute(2, 0, 1)
-    x_CHW = data.normalised(x_CHW, cfg.data.mean, cfg.data.std)
-    x_BCHW = x_CHW[None].to(device, dtype_of(cfg))
+    x_BCHW = data.normalised(x_CHW, cfg.data.mean, cfg.data.std)[None].to(device, dtype_of(cfg))
     return backbone.forward_features(x_BCHW)["x_norm_patchtokens"][0].float().unflatten(0, (h, w))
 
 
@@ -134,7 +150,7 @@ def gather(found, extract, classes, most, seed):
     rng, tokens, shares = torch.Generator().manual_seed(seed), [], []
     for image, mask in progress(found, desc="training images"):
         x_hwD = extract(image)
-        share_NC = patch_classes(read_mask(image, mask), *x_hwD.shape[:2], classes)
+        share_NC = patch_classes(read_mask(mask), *x_hwD.shape[:2], classes)
         known = share_NC.any(dim=1).nonzero().flatten()
         known = known[torch.randperm(len(known), generator=rng)[: max(most // len(found), 1)]]
         tokens.append(x_hwD.flatten(0, 1)[known.to(x_hwD.device)])
@@ -171,7 +187,7 @@ def confusions(found, extract, models, classes):
     """{name of the model: (C, C) pixels of class (row) that are called class (column)}."""
     counts = {name: torch.zeros(classes, classes, dtype=torch.long) for name in models}
     for image, mask in progress(found, desc="test images"):
-        x_hwD, truth_HW = extract(image), torch.tensor(read_mask(image, mask)).long()
+        x_hwD, truth_HW = extract(image), torch.tensor(read_mask(mask)).long()
         known = truth_HW != IGNORED
         for name, model in models.items():
             score_hwC = model(x_hwD.flatten(0, 1)).unflatten(0, x_hwD.shape[:2])
@@ -205,8 +221,9 @@ def floor(count_CC):
 # ---- the command --------------------------------------------------------------------------------
 
 OPTIONS = {
-    "size": 448, "neighbours": 20, "values": 12, "patches": 100_000, "random": False, "seed": 0,
+    "size": 448, "neighbours": 20, "values": 12, "patches": 100_000, "untrained": False, "seed": 0,
 }  # fmt: skip
+LEAST = {"size": 1, "neighbours": 1, "values": 1, "patches": 1}
 
 USAGE = """
 usage: python -m evals.dense RUN FOLDER [option=value ...] [key=value ...]
@@ -219,18 +236,17 @@ and says the mean IoU. `draw` writes such a folder to try it on. Options:
   neighbours=20    training patches that vote
   values=12        penalties that the linear layer tries
   patches=100000   training patches, at most; drawn evenly from all images
-  random=false     true: an untrained network of this shape instead, as a floor
+  untrained=false  true: an untrained network of this shape instead, as a floor
 Keys override the config of the run, such as precision=fp32:
 """
 
 
-def evaluate(extract, folder, o):
+def evaluate(extract, folder, o, channels=3):
     """({method: (C, C) pixels of the test images}, the penalty that was chosen)."""
-    train, test = splits(folder)
-    classes = count_classes(train, test)
+    train, shown_NC, test, _ = splits(folder, channels)
+    classes = int(shown_NC.any(axis=0).nonzero()[0].max()) + 1
     print(f"{len(train)} training, {len(test)} test images, {classes} classes")
-    held = train[::5]
-    kept = [pair for i, pair in enumerate(train) if i % 5]
+    kept, held = ([train[i] for i in rows] for rows in fifth(shown_NC, folder, o.seed))
     early = linear(*gather(kept, extract, classes, o.patches, o.seed), penalties(o.values))
     scores = confusions(held, extract, early, classes)
     chosen = max(scores, key=lambda value: mean_iou(scores[value]))
@@ -260,26 +276,22 @@ def draw(folder, count=60, side=96, cells=4):
 
 @config.report_errors
 def main(argv):
-    run, words = config.main_arguments(argv, USAGE)
+    run, words = config.main_arguments(argv, USAGE, KEYS)
     if not words or "=" in words[0]:
-        raise UserError("FOLDER is missing: write evals/dense.py RUN FOLDER")
-    folder, (o, words) = words[0], config.take_options(words[1:], OPTIONS)
+        raise UserError("FOLDER is missing: write evals.dense RUN FOLDER")
+    folder, (o, words) = words[0], config.take_options(words[1:], OPTIONS, LEAST)
     if run == "draw":
         with config.writing(folder):
             return draw(folder)
-    for key in ("size", "neighbours", "values", "patches"):
-        if getattr(o, key) < 1:
-            raise UserError(f"{key}={getattr(o, key)} must be at least 1")
-    backbone, cfg = load_backbone(run, with_config=True)
-    config.override(cfg, words)
-    config.check(cfg)
+    backbone, cfg = open_network(run, words)
     device = pick_device(cfg.device)
-    if o.random:
+    if o.untrained:
         backbone = untrained(backbone, o.seed)
     backbone.to(device)
     counts, chosen = evaluate(
-        lambda image: patch_tokens(backbone, image, o.size, cfg, device), folder, o
-    )
+        lambda image: patch_tokens(backbone, image, o.size, cfg, device),
+        folder, o, cfg.data.channels,
+    )  # fmt: skip
     show(counts, chosen)
 
 

@@ -17,7 +17,6 @@ Shapes:  N training images   M test images   B batch   H candidates   C classes
          F features, columns: [CLS] after each of the last four blocks, then the mean patch
 """
 
-import copy
 import json
 import os
 import sys
@@ -30,15 +29,15 @@ from torch import Tensor
 import config
 import data
 from config import UserError
-from eval_knn import untrained
+from eval_knn import KEYS, extract, open_network, tally, tell_damaged, untrained
 from evals import classifier as classifiers
 from evals import labelled
-from evals.classifier import BLOCKS, Classifier, Head, extract, features, tokens
+from evals.classifier import BLOCKS, Classifier, Head, features
 from evals.labelled import augmented_batches
 from evals.logistic import logistic_path, penalties
 from evals.probe import Candidates, Probe, accuracies
-from parallel import dtype_of, process_group, progress, ranks, warn
-from weights.load import load_backbone
+from images.held_out import UNKNOWN, divide
+from parallel import dtype_of, process_group, progress, ranks
 
 
 class Setup(NamedTuple):
@@ -63,8 +62,7 @@ class Result(NamedTuple):
     held_out: float
     test: float
     chosen: str  # in words
-    best: float | None  # of all candidates on the test images: they choose, which is not honest
-    early: Head  # trained on what was not held out
+    best: float | None  # of its candidates on the test images: they choose, which is not honest
     head: Head  # trained on all training images
 
 
@@ -87,7 +85,7 @@ def fresh_features(s, rows):
         s.train, rows, s.cfg, o.iterations, o.batch, s.device, o.seed, *ranks()
     )
     for image_BCSS, row_B in crops:
-        yield features(tokens(s.backbone, image_BCSS.to(dtype_of(s.cfg)))), row_B
+        yield features(s.backbone, image_BCSS.to(dtype_of(s.cfg))), row_B
 
 
 # ---- methods: each trains candidates for every target on some rows ------------------------------
@@ -131,52 +129,16 @@ def choose(s, method, train, kept, held):
         for candidates, target in zip(early, s.targets, strict=True)
     ]
     chosen = [int(held_H.argmax()) for held_H in held_HT]
-    late = train(s, torch.cat((kept, held)).sort().values, chosen) if s.o.refit else early
-    for i, target in enumerate(s.targets):
+    late = train(s, torch.cat((kept, held)).sort().values, chosen)
+    for i, (t, found) in enumerate(zip(s.targets, late, strict=True)):
         name = early[i].names[chosen[i]]
-        at = late[i].names.index(name)
-        test_H = accuracies(late[i], s.x_MF, target.test_M)
-        results.append(
-            Result(
-                target.name, method, held_HT[i].max().item(), test_H[at].item(), name,
-                test_H.max().item() if len(test_H) > 1 else None,
-                head_of(target, early[i], chosen[i]), head_of(target, late[i], at),
-            )
-        )  # fmt: skip
+        at = found.names.index(name)
+        test_H = accuracies(found, s.x_MF, t.test_M)
+        head = Head(t.name, t.classes, found.weight_HCF[at].clone(), found.bias_HC[at].clone())
+        best = test_H.max().item() if len(test_H) > 1 else None
+        held_out, test = held_HT[i].max().item(), test_H[at].item()
+        results.append(Result(t.name, method, held_out, test, name, best, head))
     return results
-
-
-def head_of(target, candidates, at):
-    weight_CF, bias_C = candidates.weight_HCF[at], candidates.bias_HC[at]
-    return Head(target.name, target.classes, weight_CF.clone(), bias_C.clone())
-
-
-# ---- fine-tuning --------------------------------------------------------------------------------
-
-
-def finetuned(s, results, kept, held):
-    """([Result], Classifier) of training the last blocks and a neck, from the best heads so far."""
-    best = best_heads(s.targets, results)
-    labels = [target.train_N for target in s.targets]
-
-    def train(heads, rows):
-        torch.manual_seed(s.o.seed)  # the neck begins the same on all ranks
-        own = Classifier(copy.deepcopy(s.backbone), heads, s.o.neck).to(s.device)
-        return classifiers.finetune(own, s.train, labels, rows, s.cfg, s.o, s.device).eval()
-
-    early = train([result.early for result in best], kept)
-    held_T = classifiers.percentages(
-        early, data.Part(s.train, held.tolist()), [x[held] for x in labels], s.cfg, s.device
-    )
-    everything = torch.cat((kept, held)).sort().values
-    late = train([result.head for result in best], everything) if s.o.refit else early
-    test_T = classifiers.percentages(late, s.test, [t.test_M for t in s.targets], s.cfg, s.device)
-    words = f"last {s.o.finetune} blocks" + f", neck {s.o.neck}" * (s.o.neck > 0)
-    rows = zip(best, held_T, test_T, strict=True)
-    return [
-        r._replace(method="fine-tuned", held_out=a, test=b, chosen=words, best=None)
-        for r, a, b in rows
-    ], late
 
 
 def best_heads(targets, results):
@@ -191,9 +153,9 @@ def best_heads(targets, results):
 
 OPTIONS = {
     "iterations": 12_500, "batch": 128, "augment": False, "logistic": 45, "held_out": 0.1,
-    "refit": True, "labels": "", "targets": "", "finetune": 0, "neck": 0, "tune_iterations": 1000,
-    "tune_lr": 1e-4, "random": False, "save": "", "seed": 0,
+    "labels": "", "targets": "", "untrained": False, "save": "", "seed": 0,
 }  # fmt: skip
+LEAST = {"batch": 1, "iterations": 0, "logistic": 0}
 
 USAGE = """
 usage: python -m evals.linear RUN [option=value ...] [key=value ...]
@@ -205,95 +167,60 @@ and says how many test images they get right. Options:
   iterations=12500      of the linear probe, as official; 0: no linear probe
   batch=128             images of an iteration, on all processes together (official: on each)
   augment=false         true: a new random crop each time, as official; the backbone then computes
-                        iterations x batch images, twice with refit. false: one centre crop for each
+                        2 x iterations x batch images. false: one centre crop for each
   logistic=45           penalties that the logistic regression tries; 0: none
   held_out=0.1          share of the training images that choose the classifier
-  refit=true            train again on all training images once the choice is made
   labels=cars.csv       a CSV with columns path,make,colour: labels instead of class folders
   targets=make,colour   which of its columns; empty: all
-  finetune=0            last blocks of the backbone to train, starting from the best classifier
-  neck=0                channels of a small convolutional neck over the patches (64, say); 0: none
-  tune_iterations=1000  tune_lr=1e-4    of these two
-  random=false          true: an untrained network of this shape instead, as a floor
+  untrained=false       true: an untrained network of this shape instead, as a floor
   save=                 file for the best classifier, with its backbone
 Keys override the config of the run, such as data.root=/photos or precision=fp32:
 """
 
 
-def check_options(o, cfg):
-    """Refuse what cannot work, before anything starts."""
-    for key in ("batch", "tune_iterations"):
-        if getattr(o, key) < 1:
-            raise UserError(f"{key}={getattr(o, key)} must be at least 1")
-    for key in ("iterations", "logistic", "finetune", "neck"):
-        if getattr(o, key) < 0:
-            raise UserError(f"{key}={getattr(o, key)} must be at least 0")
+def prepare(run, words):
+    """(backbone, Config, options) of a command line, checked before anything starts."""
+    o, words = config.take_options(words, OPTIONS, LEAST)
+    backbone, cfg = open_network(run, words, o.batch)
     if not 0 < o.held_out < 1:
         raise UserError(f"held_out={o.held_out} must be above 0 and below 1")
     if o.save and not os.access(Path(o.save).absolute().parent, os.W_OK):
         raise UserError(f"save={o.save}: cannot be written; choose a folder that there is")
     if not o.iterations and not o.logistic:
         raise UserError("iterations=0 and logistic=0 leave nothing to do: set one above 0")
-    if (o.finetune or o.neck) and cfg.precision == "fp16":
-        raise UserError("finetune and neck need precision=bf16 or fp32: fp16 gradients vanish")
-
-
-def prepare(run, words):
-    """(backbone, Config, options) of a command line, checked."""
-    o, words = config.take_options(words, OPTIONS)
-    backbone, cfg = load_backbone(run, with_config=True)
-    config.override(cfg, words)
-    # What else the config of a training run says of its steps and processes is of no use here.
-    cfg.batch, cfg.accumulate = o.batch, 1
-    cfg.parallel = "ddp" if "RANK" in os.environ else "none"
-    config.check(cfg)
-    check_options(o, cfg)
-    channels = backbone.patch_embed.proj.weight.shape[1]
-    if cfg.data.channels != channels:
-        raise UserError(
-            f"data.channels={cfg.data.channels}, but {run} was trained on images with {channels}"
-        )
-    if o.finetune > backbone.depth:
-        raise UserError(f"finetune={o.finetune}, but the backbone has {backbone.depth} blocks")
-    if o.random:
-        backbone = untrained(backbone, o.seed)
-    return backbone, cfg, o
+    return untrained(backbone, o.seed) if o.untrained else backbone, cfg, o
 
 
 def read_setup(backbone, cfg, o, device):
     """The images with their labels and features. Damaged images lose their labels."""
     train, test, targets = labelled.labelled_images(cfg, o.labels, o.targets)
-    if ranks()[0] == 0:
-        for t in targets:
-            counts = [int((label >= 0).sum()) for label in (t.train_N, t.test_M)]
-            print(f"{t.name}: {len(t.classes)} classes, {counts[0]} training, {counts[1]} test")
-    x_NF, bad_N = extract(backbone, train, cfg, device, "training images")
-    x_MF, bad_M = extract(backbone, test, cfg, device, "test images")
-    if bad := int(bad_N.sum() + bad_M.sum()):
-        warn(f"{bad} damaged images are left out")
-    targets = [
-        t._replace(
-            train_N=t.train_N.masked_fill(bad_N, labelled.UNKNOWN),
-            test_M=t.test_M.masked_fill(bad_M, labelled.UNKNOWN),
-        )
-        for t in targets
-    ]
-    for target in targets:
-        labelled.check(target)
+    found = []
+    for source, what in (train, "training images"), (test, "test images"):
+        x_NF, label_N = extract(lambda x: features(backbone, x), source, cfg, device, what)
+        tell_damaged(source, label_N)
+        found += [x_NF, label_N.cpu() == data.DAMAGED]
+    x_NF, bad_N, x_MF, bad_M = found
+    for i, t in enumerate(targets):
+        train_N = t.train_N.masked_fill(bad_N, UNKNOWN)
+        targets[i] = t._replace(train_N=train_N, test_M=t.test_M.masked_fill(bad_M, UNKNOWN))
+        labelled.check(targets[i])
+        counts = [int((label >= 0).sum()) for label in targets[i][2:]]
+        if ranks()[0] == 0:
+            print(f"{t.name}: {tally(*counts, t.classes)}")
     return Setup(backbone, train, test, targets, x_NF, x_MF, cfg, o, device)
 
 
 def evaluate(s):
     """([Result], the Classifier to keep)."""
-    kept, held = labelled.hold_out(s.targets, s.o.held_out, s.o.seed)
+    label_NT = torch.stack([target.train_N for target in s.targets], dim=1).numpy()
+    kept, held = map(torch.tensor, divide(label_NT, s.o.held_out, s.o.seed))
+    if not len(held):
+        raise UserError("no class has 3 training images, so none can be held out to choose")
     results = []
     if s.o.iterations:
         results += choose(s, "linear", linear_probe, kept, held)
     if s.o.logistic:
         results += choose(s, "logistic", logistic_regression, kept, held)
-    if s.o.finetune or s.o.neck:
-        tuned, kept_classifier = finetuned(s, results, kept, held)
-        return results + tuned, kept_classifier
     best = best_heads(s.targets, results)
     return results, Classifier(s.backbone, [result.head for result in best])
 
@@ -305,14 +232,15 @@ def print_results(results):
         print(f"{r.target:<14}{r.method:<12}{r.held_out:>7.2f} %{r.test:>7.2f} %   {r.chosen}")
     for r in results:
         if r.method == "linear":
-            print(f"{r.target:<14}best of all on the test images, as official: {r.best:.2f} %")
+            words = "the best linear one on the test images, as official"
+            print(f"{r.target:<14}{words}: {r.best:.2f} %")
 
 
 @config.report_errors
 def main(argv):
     if argv[:1] == ["predict"]:
         return classifiers.predict(argv[1:])
-    run, words = config.main_arguments(argv, USAGE)
+    run, words = config.main_arguments(argv, USAGE, KEYS)
     backbone, cfg, o = prepare(run, words)
     with process_group(cfg) as device:
         s = read_setup(backbone.to(device), cfg, o, device)
@@ -322,15 +250,11 @@ def main(argv):
             if o.save:
                 classifiers.save(classifier, cfg, o.save)
                 print(f"classifier: {o.save}")
-            if Path(run).is_dir() and not o.random:
-                write_results(Path(run, "linear.json"), results)
-
-
-def write_results(path, results):
-    keys = ("target", "method", "held_out", "test", "chosen", "best")
-    rows = [{key: getattr(r, key) for key in keys} for r in results]
-    with config.writing(path):
-        path.write_text(json.dumps(rows, indent=1) + "\n")
+            if Path(run).is_dir() and not o.untrained:
+                path = Path(run, "linear.json")
+                rows = [dict(list(r._asdict().items())[:-1]) for r in results]  # without the head
+                with config.writing(path):
+                    path.write_text(json.dumps(rows, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -37,7 +37,6 @@ ARRAYS = (".npy", ".npz")
 KINDS = ("uint8", "uint16", "int16", "float16", "float32", "float64")
 LABELS = ("labels", "label", "y", "targets", "target")  # names of them in an .npz
 
-SYNTHETIC_IMAGES = {"train": 8_000, "test": 2_000}  # drawn anew at each start
 GIVE_UP = 100  # damaged images in a row: not an accident, the whole source is out of reach
 
 
@@ -141,10 +140,10 @@ class Files(Source):
 
 
 @functools.cache
-def open_synthetic(split):
+def open_synthetic(split, count):
     from images import synthetic
 
-    images, labels = synthetic.make(SYNTHETIC_IMAGES[split], 0, split)
+    images, labels = synthetic.make(count if split == "train" else count // 4, 0, split)
     return Arrays(images, labels, synthetic.CLASSES, f"synthetic {split} ")
 
 
@@ -233,21 +232,21 @@ def expand(root):
 
 
 def split_folder(root, split):
-    """`root` itself, or if it holds train/ beside val/ or test/, the one that is asked for."""
+    """`root` itself; of one that holds train/ beside val/ or test/, the part asked for, if any."""
     root = os.path.expanduser(root)
     held_out = [name for name in ("val", "test") if os.path.isdir(os.path.join(root, name))]
-    if held_out and os.path.isdir(os.path.join(root, "train")):
+    if split and held_out and os.path.isdir(os.path.join(root, "train")):
         return os.path.join(root, "train" if split == "train" else held_out[0])
     return root
 
 
-def open_source(root, cfg, split="train", classes=None, again=False, key="data.root"):
-    """The source that a key names. classes: those whose numbers the labels shall be."""
+def open_source(root, cfg, split="train", again=False, key="data.root"):
+    """The source that a key names. split: train, test, or "" for all that lies there."""
     root, channels = os.fspath(root), cfg.data.channels
     if not root:
         raise UserError(f"{key} is empty: set it to a folder of images, or to synthetic")
     if root == "synthetic":
-        source = open_synthetic(split)
+        source = open_synthetic(split or "train", cfg.data.synthetic_images)
     else:
         root = split_folder(root, split)
         if root.lower().endswith(ARRAYS):
@@ -260,12 +259,6 @@ def open_source(root, cfg, split="train", classes=None, again=False, key="data.r
         if shape[1] == channels:
             fix = f"{shape}: channels come last, save it as images.transpose(0, 2, 3, 1)"
         raise UserError(f"{root}: {fix}")
-    if classes is not None:
-        unknown = [name for name in source.classes if name not in classes]
-        if unknown:
-            raise UserError(f"{root}: class {unknown[0]} is not in the training images; rename it")
-        table = np.array([classes.index(name) for name in source.classes] + [-1])  # -1 is the last
-        source.labels, source.classes = table[source.labels], classes
     if channels == 3 and (cfg.augment.jitter or any(cfg.augment.solarize)):
         warn_of_range(read_or_next(source, 0)[0], root)
     return source

@@ -355,7 +355,7 @@ def classes_of(source):
 
 def knn_words(cfg, held_out):
     if not held_out:
-        wanted = getattr(cfg.log, "knn", True)
+        wanted = cfg.log.knn
         return "none, for want of labelled held-out images (data.val)" if wanted else "off"
     count = len(held_out[1])
     few = f"; few: each is {100 / count:.1f} points" if count < 100 else ""

@@ -34,7 +34,7 @@ import numpy as np
 import torch
 
 from config import UserError, report_errors, take_options, writing
-from data import evaluation_images, open_source
+from data import labelled_images, open_source
 from images.reader import read_image
 from images.sources import Arrays
 from parallel import pick_device, progress
@@ -217,7 +217,7 @@ def neighbours(network, files, o, path):
         networks = {f"most similar of {len(pool):,} images (cosine of [CLS])": network.net}
         return draw(networks, unlabelled(network, files), pool, cfg, path, o.count)
     source = open_source(cfg.data.root, cfg)
-    return before_and_after(network.net, evaluation_images(cfg), source, cfg, path, 0, o.count)
+    return before_and_after(network.net, labelled_images(cfg), source, cfg, path, 0, o.count)
 
 
 # ---- command line -------------------------------------------------------------------------------

@@ -12,8 +12,9 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from data import Part, evaluation_batches
+from data import evaluation_batches
 from eval_knn import untrained
+from images.held_out import Part
 from images.sources import read_or_next
 from parallel import progress
 from pictures import sheets

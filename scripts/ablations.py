@@ -5,7 +5,7 @@
     python scripts/ablations.py OUT docs/ablations.md only=table   of the runs that are there
 
 Each run is `train.py config.yaml` in a copy of the code in which one line is exchanged, on fewer
-embedded images, for fewer steps (SMALLER, SHORT). The baseline runs with three seeds, to show how
+embedded images, for fewer steps (SHORT). The baseline runs with three seeds, to show how
 far figures stray by chance; each change runs once. A run that is complete is not run again, so this
 may be interrupted at any time.
 """
@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
 SHORT = ["steps=120", "optim.warmup=30", "log.knn_every=0", "log.pictures=false"]
-SMALLER = ('{"train": 8_000, "test": 2_000}', '{"train": 3_000, "test": 600}')
+SHORT += ["data.synthetic_images=3000"]
 DROP = ["vit.drop_path=0.3"]
 COLOURS = ["augment.jitter=0.8", "augment.grey=0.2", "augment.blur=[0.0,0.9,0.5]"]
 COLOURS += ["augment.solarize=[0.0,0.2,0.0]"]
@@ -120,10 +120,10 @@ def train(change, out):
     for file in [*ROOT.glob("*.py"), *ROOT.glob("[a-z]*/*.py"), ROOT / "config.yaml"]:
         (code / file.relative_to(ROOT)).parent.mkdir(exist_ok=True)
         shutil.copy(file, code / file.relative_to(ROOT))
-    for file, old, new in [("images/sources.py", *SMALLER), change[1:4]]:
-        if file:
-            text = (code / file).read_text(encoding="utf-8")
-            (code / file).write_text(patched(text, old, new, file), encoding="utf-8")
+    if change.file:
+        text = (code / change.file).read_text(encoding="utf-8")
+        text = patched(text, change.old, change.new, change.file)
+        (code / change.file).write_text(text, encoding="utf-8")
     words = ["train.py", "config.yaml", f"out={run}", *SHORT, *change.words]
     with open(folder / "log.txt", "w") as log:
         command = [sys.executable, *words]

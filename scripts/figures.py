@@ -279,6 +279,7 @@ def many_gpus():
 def neighbours(run):
     """The nearest training images of a few test images: by pixels, untrained, trained."""
     from eval_knn import RawPixels, extract_features
+    from images.held_out import Part
     from parallel import materialize
     from weights.load import load_backbone
 
@@ -286,8 +287,8 @@ def neighbours(run):
     with torch.device("meta"):
         untrained = build_network(cfg, student=False)
     materialize(untrained, "cpu", cfg.seed)
-    train, test = data.evaluation_images(cfg)
-    train, test = data.Part(train, range(2000)), data.Part(test, [1, 6, 8])
+    train, test = data.labelled_images(cfg)
+    train, test = Part(train, range(2000)), Part(test, [1, 6, 8])
     nets = {"pixels": RawPixels(), "untrained": untrained.backbone.eval(), "trained": trained}
     page = Page(900, 380)
     for n, (title, net) in enumerate(nets.items()):

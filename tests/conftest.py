@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 import torch
 
+import parallel
+
 torch.set_num_threads(1)
 
 
@@ -19,3 +21,4 @@ def fixed_seeds():
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
+    parallel.warn_once.cache_clear()

@@ -220,7 +220,22 @@ def test_the_command_line_is_a_file_and_overrides_or_help(capsys):
         with pytest.raises(SystemExit) as left:
             config.main_arguments(words, "usage")
         assert left.value.code == code
-        assert "optim.lr " in capsys.readouterr().out
+        said = capsys.readouterr().out
+        assert said.startswith("usage") and ("optim.lr " in said) == bool(words)
+
+
+def test_a_program_explains_the_keys_that_concern_it():
+    said = help_text("usage", ("data.", "precision"))
+    assert "data.root " in said and "precision " in said and "optim.lr" not in said
+    assert said.count("\n") < 15
+
+
+def test_the_options_of_a_program_are_suggested_first():
+    for word, expected in {"stepz": "did you mean step_z", "wramup": "optim.warmup"}.items():
+        with pytest.raises(UserError, match=expected):
+            config.take_options([f"{word}=1"], {"step_z": 1})
+    with pytest.raises(UserError, match="unknown key iterations; --help lists them all"):
+        config.take_options(["iterations=1"], {"size": 448, "values": 12})
 
 
 def test_the_configs_that_are_shipped_are_valid():

@@ -15,7 +15,15 @@ from PIL import Image
 
 import data
 from config import Config, UserError
-from data import Order, evaluation_batches, evaluation_images, loader, open_source
+from data import (
+    Order,
+    evaluation_batches,
+    evaluation_images,
+    labelled_images,
+    loader,
+    open_source,
+)
+from images.held_out import divide
 from images.sources import Arrays
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
@@ -231,22 +239,82 @@ def test_held_out_images_are_found_beside_the_training_images(tmp_path):
     assert len(open_source(cfg.data.root, cfg)) == 6  # pretraining leaves the held-out images out
 
 
-def test_without_held_out_images_every_tenth_is_classified_by_the_others(tmp_path):
-    for name in ["cat", "dog"]:
-        write_images(tmp_path / name, count=10)
+def test_without_held_out_images_a_tenth_of_each_class_is_classified_by_the_others(tmp_path):
+    for name, count in {"cat": 10, "dog": 20, "eel": 3, "fox": 2}.items():
+        write_images(tmp_path / name, count=count)
     bank, queries = evaluation_images(tiny_config(root=str(tmp_path)))
     names = [[part.name(i) for i in range(len(part))] for part in (bank, queries)]
-    assert (len(bank), len(queries)) == (18, 2) and not set(names[0]) & set(names[1])
-    assert [queries.label(i) for i in range(2)] == [0, 1]
+    assert len(bank) == 31 and not set(names[0]) & set(names[1])
+    assert queries.labels.tolist() == [0, 1, 1, 2]  # one at least of a class that has three
 
 
-def test_parts_of_a_data_set_do_not_pass_for_classes(tmp_path):
+@pytest.mark.parametrize("period", [2, 5, 7, 10])
+def test_labels_in_any_order_have_all_classes_on_both_sides(period):
+    label_N1 = np.arange(10 * period)[:, None] % period
+    kept, held = divide(label_N1, 0.1)
+    assert np.bincount(label_N1[held, 0]).tolist() == [1] * period
+    assert np.bincount(label_N1[kept, 0]).tolist() == [9] * period
+    assert sorted([*kept, *held]) == list(range(10 * period))
+    assert not np.array_equal(held % 10, held[:1].repeat(period)), "systematic"
+    again, other = divide(label_N1, 0.1)[1], divide(label_N1, 0.1, seed=1)[1]
+    assert np.array_equal(again, held) and not np.array_equal(other, held)
+
+
+def test_parts_of_a_data_set_do_not_pass_for_classes(tmp_path, capsys):
     for name in ["train/cat", "Validation/cat"]:
         write_images(tmp_path / name, count=10)
     with pytest.raises(UserError, match="Validation and train are parts of a data set"):
-        evaluation_images(tiny_config(root=str(tmp_path)))
+        labelled_images(tiny_config(root=str(tmp_path)))
+    assert evaluation_images(tiny_config(root=str(tmp_path))) is None
+    assert "no k-NN during training" in capsys.readouterr().err
     (tmp_path / "Validation").rename(tmp_path / "bus")  # a train may be a class, too
     assert evaluation_images(tiny_config(root=str(tmp_path)))
+
+
+@pytest.mark.parametrize(
+    "odd, expected",
+    [
+        ("val", "no labelled test image; it needs a folder for each class"),
+        ("val/cow", "no training image of class cow; give its folder the name"),
+        ("val/empty/empty", "no images in this folder or below"),
+    ],
+)
+def test_held_out_images_that_do_not_fit_stop_no_training(tmp_path, capsys, odd, expected):
+    for name in ["train/cat", "train/dog", odd]:
+        write_images(tmp_path / name, count=0 if "empty" in name else 3)
+    cfg = tiny_config(root=str(tmp_path))
+    with pytest.raises(UserError, match=expected):
+        labelled_images(cfg)
+    assert evaluation_images(cfg) is None and expected in capsys.readouterr().err
+    cfg.log.knn = False
+    assert evaluation_images(cfg) is None and not capsys.readouterr().err
+    with pytest.raises(UserError, match="no such folder"):  # one that was named must be there
+        evaluation_images(tiny_config(root=str(tmp_path), val="/nowhere"))
+
+
+def test_images_without_a_class_are_counted_and_left_out(tmp_path, capsys):
+    counts = {"train/cat": 3, "train/dog": 4, "train": 2, "val": 6, "val/dog": 3}
+    for name, count in counts.items():
+        write_images(tmp_path / name, count=count)
+    train, test = labelled_images(tiny_config(root=str(tmp_path)))
+    assert (len(train), len(test)) == (7, 3) and set(test.labels) == {1}
+    assert "8 images without a class left out of the evaluation" in capsys.readouterr().err
+
+
+def test_training_compares_as_few_images_as_asked(tmp_path):
+    cfg = tiny_config(root="synthetic")
+    cfg.data.synthetic_images = 480
+    assert [len(part) for part in evaluation_images(cfg)] == [480, 120]
+    cfg.log.knn_images = 50
+    few, again = evaluation_images(cfg), evaluation_images(cfg)
+    for part, same in zip(few, again, strict=True):
+        assert len(part) == 50 and np.array_equal(part.indices, same.indices)
+    assert set(few[1].labels) <= set(few[0].labels) and len(set(few[0].labels)) > 6
+
+
+def test_one_class_is_nothing_to_evaluate(tmp_path):
+    write_images(tmp_path / "2024", count=12)
+    assert evaluation_images(tiny_config(root=str(tmp_path))) is None
 
 
 def test_a_folder_without_labels_has_no_evaluation(tmp_path):
@@ -261,5 +329,5 @@ def test_a_folder_of_its_own_can_be_held_out(tmp_path):
     cfg.data.val = str(tmp_path / "other")
     assert [len(s) for s in evaluation_images(cfg)] == [4, 2]
     cfg.data.val = str(tmp_path / "odd")
-    with pytest.raises(UserError, match="class cow is not in the training images"):
-        evaluation_images(cfg)
+    with pytest.raises(UserError, match="odd: no training image of class cow"):
+        labelled_images(cfg)

@@ -48,7 +48,7 @@ def test_patches_that_show_nothing_that_counts_are_not_learned_from(tmp_path):
     mask = np.full((16, 16), 255, np.uint8)
     mask[:8] = 1
     Image.fromarray(mask).save(folder / "masks" / "0.png")
-    found = eval_dense.pairs(folder)
+    found, _ = eval_dense.checked(folder, 3)
     x, share = eval_dense.gather(found, colours, 2, 100, seed=0)
     assert len(x) == 8 and share[:, 1].eq(1).all()
     assert len(eval_dense.gather(found, colours, 2, 3, seed=0)[0]) == 3
@@ -80,7 +80,7 @@ def test_ignored_pixels_are_not_counted(tmp_path):
     mask[:3] = 255
     Image.fromarray(mask).save(folder / "masks" / "0.png")
     always_one = {"one": lambda x: torch.tensor([[0.0, 1]]).expand(len(x), 2)}
-    count = eval_dense.confusions(eval_dense.pairs(folder), colours, always_one, 2)["one"]
+    count = eval_dense.confusions(eval_dense.checked(folder, 3)[0], colours, always_one, 2)["one"]
     assert count.sum() == 13 * 16 and not count[:, 0].any()
 
 
@@ -126,7 +126,7 @@ def test_test_images_are_looked_at_once_and_held_out_ones_choose(tmp_path):
         return colours(image)
 
     eval_dense.evaluate(extract, blocks(tmp_path, 15), OPTIONS)
-    train, test = eval_dense.splits(tmp_path)
+    train, _, test, _ = eval_dense.splits(tmp_path)
     assert {seen[image.stem] for image, _ in test} == {1}
     assert {seen[image.stem] for image, _ in train} == {2}  # learned or chosen from; then learned
 
@@ -134,7 +134,7 @@ def test_test_images_are_looked_at_once_and_held_out_ones_choose(tmp_path):
 def test_train_and_val_folders_are_kept_apart(tmp_path):
     blocks(tmp_path / "train", 3)
     blocks(tmp_path / "val", 2)
-    train, test = eval_dense.splits(tmp_path)
+    train, _, test, _ = eval_dense.splits(tmp_path)
     assert len(train) == 3 and [image.parent.parent.name for image, _ in test] == ["val"] * 2
 
 
@@ -183,7 +183,7 @@ def test_the_command_prints_what_each_method_reaches(place, capsys):
     figures = dict(re.findall(r"^(\S.*?) +([\d.]+) % mean IoU", said, re.MULTILINE))
     assert figures.keys() == {"k-NN", "linear", "largest class"}
     assert float(figures["linear"]) > float(figures["largest class"])
-    eval_dense.main([*words, "random=true", "seed=1"])
+    eval_dense.main([*words, "untrained=true", "seed=1"])
     assert capsys.readouterr().out != said
 
 
@@ -199,9 +199,11 @@ def test_a_command_of_the_readme_runs(place, tmp_path, words, monkeypatch):
 BAD = [
     (["{run}"], "FOLDER is missing"),
     (["{run}", "{empty}"], "no such folder; images/x.jpg goes with masks/x.png"),
-    (["{run}", "{few}"], "3 images; at least 5"),
+    (["{run}", "{few}"], "3 images, too few to hold some out; at least 5"),
     (["{run}", "{good}", "size=0"], "size=0 must be at least 1"),
-    (["{run}", "{good}", "vallues=2"], "unknown key vallues"),
+    (["{run}", "{good}", "vallues=2"], "unknown key vallues; did you mean values?"),
+    (["{run}", "{good}", "iterations=20"], "unknown key iterations; --help lists them all"),
+    (["{run}", "{good}", "data.channels=1", "data.mean=[0]", "data.std=[1]"], "reads 3: give imag"),
     (["{nowhere}", "{good}"], "no such file; give a run folder"),
     (["draw", "{run}/below"], "below: cannot be written"),
 ]
@@ -228,7 +230,6 @@ def refused(words, expected, capsys):
 WRONG = [
     (np.zeros((16, 15), np.uint8), r"0.png: 15 x 16 pixels, but 0.png has 16 x 16: save it"),
     (np.zeros((16, 16, 3), np.uint8), r"0.png: a RGB picture; save classes as palette or"),
-    (np.full((16, 16), 7, np.uint8), r"class 7 is in the test masks but in no training mask"),
 ]
 
 
@@ -239,10 +240,58 @@ def test_a_wrong_mask_is_named(place, tmp_path, capsys, mask, expected):
     refused([str(place / "teacher.pt"), str(folder)], expected, capsys)
 
 
+@pytest.mark.parametrize("part", ["", "train", "val"])
+def test_one_class_is_no_task_and_255_is_named_as_the_likely_cause(place, tmp_path, capsys, part):
+    for name in ["train", "val"] if part else [""]:
+        folder = blocks(tmp_path / name, 6)
+        for path in (folder / "masks").iterdir() if name == part else ():
+            Image.fromarray(np.asarray(Image.open(path)) * np.uint8(255)).save(path)
+    expected = "fewer than two classes: nothing to tell apart; 255 is not counted"
+    refused([str(place / "teacher.pt"), str(tmp_path)], expected, capsys)
+
+
+def test_classes_that_come_in_turns_are_on_both_sides():
+    shown = np.eye(5, dtype=bool)[np.arange(50) % 5]
+    kept, held = eval_dense.fifth(shown, "x")
+    assert shown[held].sum(axis=0).tolist() == [2] * 5 and len(kept) == 40
+
+
+def test_damaged_images_are_left_out_and_counted(tmp_path, capsys):
+    folder = blocks(tmp_path, 6)
+    (folder / "images" / "2.png").write_bytes(b"no picture")
+    assert len(eval_dense.checked(folder, 3)[0]) == 5
+    assert re.search("1 damaged image left out, the first: .*2.png: not a", capsys.readouterr().err)
+
+
+def test_images_of_many_bands_are_segmented_too(tmp_path):
+    tifffile = pytest.importorskip("tifffile")
+    folder = blocks(tmp_path, 6)
+    for path in list((folder / "images").iterdir()):
+        bands = np.asarray(Image.open(path))[:, :, :1].repeat(12, axis=2)
+        tifffile.imwrite(path.with_suffix(".tif"), bands, photometric="minisblack")
+        path.unlink()
+    backbone = VisionTransformer((8, 1, 2, "mlp"), 4, image_size=16, channels=12).eval()
+    cfg = Config(precision="fp32")
+    cfg.vit.patch, cfg.data.channels, cfg.data.mean, cfg.data.std = 4, 12, (0.5,) * 12, (0.2,) * 12
+    counts, _ = eval_dense.evaluate(
+        lambda image: eval_dense.patch_tokens(backbone, image, 16, cfg, "cpu"), folder, OPTIONS, 12
+    )
+    assert counts["linear"].sum() > 0
+
+
+def test_a_class_that_only_test_masks_show_is_named(place, tmp_path, capsys):
+    for name in "train", "val":
+        blocks(tmp_path / name, 6)
+    seven = Image.fromarray(np.full((16, 16), 7, np.uint8))
+    seven.save(tmp_path / "val" / "masks" / "0.png")
+    expected = "class 7 is in the test masks but in no training mask"
+    refused([str(place / "teacher.pt"), str(tmp_path)], expected, capsys)
+
+
 def test_a_missing_or_damaged_mask_is_named(place, tmp_path, capsys):
     folder = blocks(tmp_path, 6)
     (folder / "masks" / "3.png").write_bytes(b"no picture")
-    refused([str(place / "teacher.pt"), str(folder)], r"3.png or .*3.png: cannot be read", capsys)
+    refused([str(place / "teacher.pt"), str(folder)], r"masks/3.png: cannot be read", capsys)
     (folder / "masks" / "3.png").unlink()
     refused([str(place / "teacher.pt"), str(folder)], r"masks/3.png: no such file", capsys)
 
@@ -255,5 +304,5 @@ def test_palette_masks_hold_numbers_not_colours(tmp_path):
     palette.putpalette([200, 0, 0, 0, 200, 0] + [0] * 762)
     palette.save(folder / "masks" / "0.png")
     assert Image.open(folder / "masks" / "0.png").mode == "P"
-    read = eval_dense.read_mask(folder / "images" / "0.png", folder / "masks" / "0.png")
+    read = eval_dense.read_mask(folder / "masks" / "0.png")
     assert np.array_equal(read, numbers)

@@ -16,8 +16,8 @@ CORE = {"vit", "heads", "losses", "augment", "dinov2", "optim", "attention"}
 # What the root takes from the rooms. Of images/ it is what data.py reads; the others are doors
 # towards results, opened where they are used.
 DOORS = {
-    "data": {"images.sources"},
-    "eval_knn": {"weights.load", "evals.cache"},
+    "data": {"images.sources", "images.held_out"},
+    "eval_knn": {"weights.load", "evals.cache", "images.sources"},
     "hubconf": {"weights.load", "weights.plain"},
     "train": {
         "weights.checkpoint",

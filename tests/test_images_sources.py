@@ -265,10 +265,9 @@ def test_an_unreadable_array_or_an_empty_list_is_one_line(tmp_path):
 # ---- embedded -----------------------------------------------------------------------------------
 
 
-def test_the_embedded_set_is_a_source_with_labels(monkeypatch):
-    monkeypatch.setitem(sources.SYNTHETIC_IMAGES, "test", 48)
-    monkeypatch.setattr(sources, "open_synthetic", sources.open_synthetic.__wrapped__)  # not cached
+def test_the_embedded_set_is_a_source_with_labels():
     cfg = Config()
+    cfg.data.synthetic_images = 192  # a fourth of it held out
     source = open_source("synthetic", cfg, "test")
     assert source.read(5).dtype == np.uint8 and source.read(5).shape[2] == 3
     assert {source.label(i) for i in range(len(source))} == set(range(len(source.classes)))

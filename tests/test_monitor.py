@@ -208,7 +208,7 @@ def test_many_damaged_images_stop_the_run_a_few_do_not(tmp_path):
     words = ["steps=16", "log.knn_every=0"]
     done = run(tmp_path, tiny(tmp_path / "run", tmp_path / "photos", *words))
     assert done.code == 2
-    assert done.err.count("\n") == 1 and "21 of 60 images are damaged" in done.err
+    assert done.err.count("error: ") == 1 and "21 of 60 images are damaged" in done.err
     assert "data.max_damaged=0.01" in done.err and "log.jsonl" in done.err
     words.append("data.max_damaged=0.4")
     done = run(tmp_path, tiny(tmp_path / "more", tmp_path / "photos", *words))

@@ -28,7 +28,6 @@ from running import (
 )
 
 import train
-from images import sources
 
 # The parts of PyTorch that write checkpoints say so in every process that is the only one.
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
@@ -191,9 +190,10 @@ LEARN = """
 """.split()  # noqa: SIM905
 
 
-def test_the_embedded_images_lower_the_loss_at_once(tmp_path, handlers, monkeypatch):
-    monkeypatch.setattr(sources, "SYNTHETIC_IMAGES", {"train": 128, "test": 32})
-    train.main(tiny(tmp_path, "synthetic", *LEARN, "steps=16", "batch=16"))
+def test_the_embedded_images_lower_the_loss_at_once(tmp_path, handlers):
+    words = ["steps=16", "batch=16", "data.synthetic_images=128", "log.knn=false"]
+    train.main(tiny(tmp_path, "synthetic", *LEARN, *words))
+    assert not any("knn" in line for line in log_of(tmp_path))
     loss = [line["loss"] for line in log_of(tmp_path) if "loss" in line]
     assert max(loss[-5:]) < min(loss[:3])
 

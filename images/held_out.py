@@ -1,0 +1,110 @@
+"""Which images are held out to be classified, and by which others."""
+
+import numpy as np
+
+from config import UserError
+from parallel import counted, warn_once
+
+UNKNOWN = -1  # the label of an image without a class
+# Names of folders that, side by side, would pass for classes: k-NN would then tell training images
+# from test images. (train/ beside val/ or test/ never comes so far.)
+SPLITS = {"train", "training", "val", "valid", "validation", "dev", "test", "testing", "unlabeled"}
+
+
+class LabelError(UserError):
+    """Images that can be trained on, but whose labels cannot be evaluated."""
+
+
+class Part:
+    """Some images of a source, as a source; `labels` and `classes` in place of its own."""
+
+    def __init__(self, source, indices, labels=None, classes=None):
+        self.source, self.indices = source, indices
+        self.labels = np.asarray(source.labels if labels is None else labels)[indices]
+        self.classes = classes or source.classes
+
+    def __len__(self):
+        return len(self.indices)
+
+    def read(self, i):
+        return self.source.read(self.indices[i])
+
+    def label(self, i):
+        return int(self.labels[i])
+
+    def name(self, i):
+        return self.source.name(self.indices[i])
+
+
+def pair(train, test, where):
+    """(images with known labels, images to classify); None with fewer than two classes.
+
+    test   the source of held-out images. None: a tenth of each class of `train` is classified by
+           the others. Training has seen them all, though never their labels.
+    where  of the held-out images, for messages
+    Raises LabelError where the classes of the two do not fit together.
+    """
+    train_N = np.asarray(train.labels)
+    number = {train.classes[c]: c for c in np.unique(train_N[train_N >= 0])}
+    if len(number) < 2:
+        return None
+    strays = (train_N < 0).sum()
+    if test is None:
+        if SPLITS.issuperset(map(str.lower, number)):
+            raise LabelError(
+                f"{where}: {' and '.join(number)} are parts of a data set, not classes; name them "
+                "train and val, or set data.root= to one and data.val= to the other"
+            )
+        rest, held = divide(train_N[:, None], 0.1)
+        if not len(held):
+            raise LabelError(f"{where}: no class has 3 images, to hold one out; set data.val")
+        test, train = Part(train, held), Part(train, rest)
+    else:
+        train, test_M = Part(train, (train_N >= 0).nonzero()[0]), np.asarray(test.labels)
+        asked = [test.classes[c] for c in np.unique(test_M[test_M >= 0])]
+        if not asked:
+            raise LabelError(f"{where}: no labelled test image; it needs a folder for each class")
+        if missing := [name for name in asked if name not in number]:
+            raise LabelError(
+                f"{where}: no training image of class {', '.join(missing)}; give its folder the "
+                "name that it has in the training images, or take it away"
+            )
+        # Its classes may have other numbers; UNKNOWN looks up the last row.
+        table = np.array([number.get(name, UNKNOWN) for name in test.classes] + [UNKNOWN])
+        test = Part(test, (test_M >= 0).nonzero()[0], table[test_M], train.classes)
+        strays += (test_M < 0).sum()
+    if strays:
+        warn_once(f"{counted(int(strays), 'image')} without a class left out of the evaluation")
+    return train, test
+
+
+def some(train, test, most):
+    """At most so many images of each, drawn by a fixed seed; test has no class that train lacks."""
+    rng = np.random.default_rng(0)
+    train = Part(train, np.sort(rng.permutation(len(train))[:most]))
+    findable = np.isin(test.labels, train.labels).nonzero()[0]
+    return train, Part(test, np.sort(rng.permutation(findable)[:most]))
+
+
+def divide(label_NT, share, seed=0):
+    """(rows that stay, rows held out): `share` of each class, drawn by seed; both ascending.
+
+    label_NT  (N, T): the class of each image for each of T questions; negative: not known
+    Data often lie in an order, so every tenth image could miss whole classes. Here one image at
+    least of each class is held out, if it has three; the last one always stays.
+    """
+    wanted, left = {}, {}
+    for t, label_N in enumerate(label_NT.T):
+        for c, n in zip(*np.unique(label_N[label_N >= 0], return_counts=True), strict=True):
+            left[t, c], wanted[t, c] = n, max(1, round(share * n)) if n > 2 else 0
+    held_N = np.zeros(len(label_NT), bool)
+    # First the images all of whose classes are wanted; with several questions some are left over.
+    for fits in (all, any)[: label_NT.shape[1]]:
+        for i in np.random.default_rng(seed).permutation((~held_N).nonzero()[0]):
+            own = [(t, c) for t, c in enumerate(label_NT[i].tolist()) if c >= 0]
+            if own and fits(wanted[key] > 0 for key in own) and all(left[key] > 1 for key in own):
+                held_N[i] = True
+                for key in own:
+                    wanted[key], left[key] = wanted[key] - 1, left[key] - 1
+    known_N = (label_NT >= 0).any(axis=1)
+    return (known_N & ~held_N).nonzero()[0], held_N.nonzero()[0]
