@@ -209,7 +209,7 @@ def test_damaged_images_are_left_out_counted_and_named(capsys):
     assert found == wanted
     assert said == ["13 training, 2 test images, 3 classes (ant, bee, cow)"]
     complaints = capsys.readouterr().err
-    assert "2 damaged images left out, the first: noise[4]: ZeroDivisionError" in complaints
+    assert "2 damaged images left out, the first: noise[4]: division by zero" in complaints
     assert "1 damaged image left out, the first: noise[1]" in complaints
 
 
