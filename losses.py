@@ -63,13 +63,15 @@ def exponentials(score_NK, temp):
     return Q_NK, row_N
 
 
+SLICE = {"cpu": 2**18, "cuda": 2**28}  # numbers
+
+
 def a_few_rows(x_NK):
     """Slices of the rows of a large tensor, for intermediate results that are smaller than it.
 
     On a CPU what its caches hold, as memory is slower than arithmetic; on a GPU a gigabyte of fp32.
     """
-    numbers = 2**18 if x_NK.device.type == "cpu" else 2**28
-    step = max(1, numbers // x_NK.shape[1])
+    step = max(1, SLICE.get(x_NK.device.type, SLICE["cuda"]) // x_NK.shape[1])
     return [slice(first, first + step) for first in range(0, len(x_NK), step)]
 
 

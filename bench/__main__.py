@@ -1,29 +1,29 @@
 """How fast is it, compared with whom, and where does the time go? Anyone can run this.
 
-    python -m bench WHAT [CONFIG.yaml] [key=value ...] [lightly] [timm] [--official PATH]
-                    [--to FOLDER] [shared]
+    python -m bench WHAT [CONFIG.yaml] [key=value ...] [--official PATH] [lightly] [--to FOLDER]
+                    [profile]
     python -m bench step config.yaml lightly --official ~/dinov2
     python -m bench losses configs/vitl16.yaml batch=16
+    python -m bench gpu --official ~/dinov2 --to docs        all rows for one GPU, see rows.py
 
-WHAT is step, data, losses, backbone, attention, augment or knn: functions of these names make the
-work below, and measure.py times it. Peers that are named run in the same process, in turns with
-ours (peers.py): a checkout of the official code, and what pip install lightly or timm gives.
---to is the folder of benchmarks.json and benchmarks.md, to which results are added (runs). "shared"
-is for a processor that others use too: one thread, and CPU time instead of time.
+WHAT is step, data, losses, attention or augment: functions of these names make the work
+below, and measure.py times it. Images are made in memory unless data.root=... is given; only
+"data", which measures loading too, reads those of the config. Peers that are named run in the same
+process, in turns with ours (peers.py): a checkout of the official code, and pip install lightly.
+--to is the folder of benchmarks.json and benchmarks.md, to which results are added (runs).
+"profile" also writes profile.txt there: the operations that took longest.
 
-Shapes:  B images   T large crops (2)   S all crops   D channels   K prototypes   M hidden patches
-         N training features   M test features (k-NN)
+Shapes:  B images   T large crops (2)   S all crops   K prototypes   M hidden patches
 """
 
+import atexit
 import dataclasses
 import io
-import os
 import random
 import sys
 import tempfile
-import time
 from functools import partial
-from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -33,52 +33,29 @@ import config
 from attention import attend, check_backend
 from augment import colour, crops
 from bench import peers as bench_peers
-from bench.measure import Clock, Work, measure, save, table
+from bench import rows
+from bench.measure import Work, longest, measure, save, table
+from bench.plan import plan_step
 from config import UserError
 from data import loader, open_source
-from dinov2 import LARGE_CROPS, Output, build_centers, ema_update, ibot_prototypes, objective
-from eval_knn import NEIGHBOURS, knn_probabilities
+from dinov2 import LARGE_CROPS, Output, build_centers, ema_update, objective
 from images.reader import read_image
 from optim import clip_each_part, schedules, set_schedule
-from parallel import dtype_of, pick_device
+from parallel import check_launch, dtype_of, pick_device
 from train import build, to_device
-from vit import build_backbone
+from vit import SIZES
 
 # ---- a training step ----------------------------------------------------------------------------
 
 
-def step_flops(cfg, masked):
-    """Floating-point operations of the matrix products of a step; `masked` patches go to the head.
+def step_flops(cfg):
+    """Floating-point operations of the matrix products of a step, counted by the plan.
 
-    A multiplication and an addition are two. A backward pass is two forward passes, one for the
-    gradient of the input, one for that of the weights. What stochastic depth leaves out does not
-    count; nor do attention's softmax, losses, optimiser and EMA.
-        block, per token   2 * its weights (12 D^2 with an MLP) + 4 D for every token of the crop
-        patch embedding    2 * channels * patch^2 * D; there is no gradient of the pixels
-        head, per token    2 * its weights, most of which are the prototypes, bottleneck * K
+    Without what stochastic depth leaves out, and nothing twice: with plain attention, nothing
+    computed again.
     """
-    with torch.device("meta"):
-        net = build_backbone(cfg, cfg.vit.drop_path)
-    weights = sum(p.numel() for p in net.blocks[0].parameters() if p.ndim == 2)
-    kept = sum(1 - rate for rate in net.drop_path)  # of the `depth` blocks
-    B, c, h = cfg.batch, cfg.crops, cfg.head
-
-    def backbone(crops, size, blocks, embeddings):
-        patches = (size // cfg.vit.patch) ** 2
-        tokens = patches + 1 + cfg.vit.registers
-        block = tokens * (2 * weights + 4 * tokens * net.dim)
-        embedding = 2 * patches * cfg.data.channels * cfg.vit.patch**2 * net.dim
-        return crops * (blocks * block + embeddings * embedding)
-
-    def head(rows, prototypes):
-        widths = [net.dim] + [h.hidden] * (h.layers - 1) + [h.bottleneck, prototypes]
-        return rows * sum(2 * a * b for a, b in pairwise(widths))
-
-    large, small = LARGE_CROPS * B, c.local_count * B
-    teacher = backbone(large, c.global_size, net.depth, 1) + head(large, h.prototypes)
-    student = backbone(large, c.global_size, 3 * kept, 2) + 3 * head(large, h.prototypes)
-    student += backbone(small, c.local_size, 3 * kept, 2) + 3 * head(small, h.prototypes)
-    return teacher + student + 4 * head(masked if cfg.loss.ibot else 0, ibot_prototypes(cfg))
+    own = {"attention": "plain", "compile": False, "activation_checkpointing": "none"}
+    return plan_step(dataclasses.replace(cfg, parallel="none", **own), 1).flops
 
 
 def described(cfg):
@@ -91,10 +68,10 @@ def described(cfg):
 
 def batches(cfg, device):
     """Endless batches on the device, as train.py makes them; each contender has its own."""
-    if not cfg.data.root:
-        cfg.data.root = "synthetic"
     endless = dataclasses.replace(cfg, steps=10**9)
-    for batch in loader(endless, open_source(cfg.data.root, cfg)):
+    source = loader(endless, open_source(cfg.data.root, cfg))
+    atexit.register(source.close)  # after an error too, while its threads can still end quietly
+    for batch in source:
         yield to_device(batch, cfg, device)
 
 
@@ -154,8 +131,7 @@ def step(cfg, device):
     set_schedule(optimizer, schedules(cfg.steps // 2, cfg))
     parts = student, teacher, our_objective(cfg, centers), optimizer, ema_update
     run = step_in_phases(cfg, device, *parts)
-    flops = step_flops(cfg, masked=len(next(batches(cfg, device)).mask_indices))
-    given = partial(step_in_phases, cfg, device), student
+    given, flops = (partial(step_in_phases, cfg, device), student), step_flops(cfg)
     # All contenders get crops from our loader, so that time is left out.
     return Work(f"Step: {described(cfg)}", {"ours": run}, cfg.batch, flops, given, leave_out="data")
 
@@ -200,29 +176,12 @@ def losses(cfg, device):
     return Work(f"{title}, {dtype_of(cfg)}", {"ours": ours}, B, given=(in_phases,))
 
 
-def backbone(cfg, device):
-    """The student's backbone over all crops, forward and backward."""
-    batch, net = next(batches(cfg, device)), build_backbone(cfg, cfg.vit.drop_path).to(device)
-    images = [batch.global_crops, batch.local_crops]
-
-    def ours(clock):
-        out = net(images, is_training=True)
-        clock.mark("forward")
-        sum(o["x_prenorm"].float().sum() for o in out).backward()
-        net.zero_grad(set_to_none=True)
-        clock.mark("backward")
-
-    return Work(f"Backbone: {described(cfg)}", {"ours": ours}, cfg.batch, given=(images,))
-
-
 def attention(cfg, device):
     """The ways of attention.py over the crops of one step, forward and backward."""
-    with torch.device("meta"):
-        net = build_backbone(cfg)
-    heads, extra = net.blocks[0].attn.heads, 1 + cfg.vit.registers
+    (dim, _, heads, _), extra = SIZES[cfg.vit.size], 1 + cfg.vit.registers
     sizes = (LARGE_CROPS, cfg.crops.global_size), (cfg.crops.local_count, cfg.crops.local_size)
     groups = tuple((n * cfg.batch, (s // cfg.vit.patch) ** 2 + extra) for n, s in sizes if n)
-    shape = sum(B * T for B, T in groups), 3, heads, net.dim // heads
+    shape = sum(B * T for B, T in groups), 3, heads, dim // heads
     qkv = torch.randn(shape, device=device).to(dtype_of(cfg)).requires_grad_()
 
     def run(backend, clock):
@@ -276,65 +235,41 @@ def augment(cfg, device):
     return Work(title, {"ours": ours}, count, given=(file, count))
 
 
-def knn(cfg, device, train=50_000, test=2_560, D=384, classes=1000):
-    """Weighted k-NN of given features; test features go in batches, so their number only scales."""
-    train_ND, test_MD = (
-        torch.nn.functional.normalize(torch.randn(n, D, device=device), dim=1)
-        for n in (train, test)
-    )
-    label_N = torch.randint(classes, (train,), device=device)
-
-    def ours(clock):
-        votes = knn_probabilities(train_ND, label_N, test_MD, classes, NEIGHBOURS)
-        return votes[max(NEIGHBOURS)]
-
-    title = f"k-NN: {train:,} training and {test:,} test images, {D} channels, {classes} classes"
-    return Work(title, {"ours": ours}, test, given=(train_ND, label_N, test_MD, classes))
-
-
 # ---- command line -------------------------------------------------------------------------------
 
-WHAT = {work.__name__: work for work in (step, data, losses, backbone, attention, augment, knn)}
-
-
-def take(words, option, default):
-    """The folder behind an option; both leave the list of words."""
-    if option not in words:
-        return default
-    at = words.index(option)
-    if at + 1 == len(words):
-        raise UserError(f"{option}: name a folder behind it")
-    words.pop(at)
-    return words.pop(at)
+WHAT = {work.__name__: work for work in (step, data, losses, attention, augment)}
 
 
 def arguments(argv):
-    """(what, config, peers, folder) from the command line."""
+    """(what, config, peers, folder, whether to profile) from the command line."""
     what, words = config.main_arguments(argv, __doc__)
     if what not in WHAT:
-        raise UserError(f"{what}: cannot be measured; use one of {', '.join(WHAT)}")
-    folder, checkout = take(words, "--to", "runs"), take(words, "--official", "")
-    peers = [word for word in words if word in ("lightly", "timm")]
+        raise UserError(f"{what}: cannot be measured; use one of {', '.join([*WHAT, 'gpu'])}")
+    folder, checkout = rows.take(words, "--to") or "runs", rows.take(words, "--official")
+    peers = [word for word in words if word == "lightly"]
     if checkout:
         bench_peers.find_official(checkout)
         peers.insert(0, "official")
-    if "shared" in words:
-        Clock.tick = staticmethod(time.process_time)
-        torch.set_num_threads(1)
-    words = [word for word in words if word not in (*peers, "shared")]
+    wants_profile = "profile" in words
+    words = [word for word in words if word not in ("lightly", "profile")]
     path = words.pop(0) if words and "=" not in words[0] else "config.yaml"
     cfg = config.load(path, words)
     cfg.parallel = "none"  # one process is measured
-    return what, cfg, peers, folder
+    if what != "data" and not any(word.startswith("data.root=") for word in words):
+        cfg.data.root = "synthetic"
+    return what, cfg, peers, folder, wants_profile
 
 
 @config.report_errors
 def main(argv):
-    what, cfg, peers, folder = arguments(argv)
+    if argv and argv[0] == "gpu":
+        return rows.main(argv[1:])
+    what, cfg, peers, folder, wants_profile = arguments(argv)
     with config.writing(f"--to {folder}", "choose another folder"):  # not after minutes of work
-        os.makedirs(folder, exist_ok=True)
+        Path(folder).mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
     device = pick_device(cfg.device)
+    check_launch(cfg, device, 1)
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # as train.py
     torch.manual_seed(0)
@@ -348,6 +283,8 @@ def main(argv):
     record["command"] = " ".join(["python -m bench", *argv])
     print(f"{record['title']}\n{record['device']}, {record['setting']}\n\n{table(record)}")
     save(record, folder)
+    if wants_profile:
+        Path(folder, "profile.txt").write_text(record["command"] + "\n" + longest(work, device))
 
 
 if __name__ == "__main__":

@@ -26,11 +26,8 @@ TURNS, LEAST, SECONDS = 15, 3, 60  # at most, at least; no new turn after so man
 class Clock:
     """Stamps in the order of the work: mark(name) books the time since the last one under `name`.
 
-    On a GPU the stamps are events in its stream of work, so nothing waits for them. Where others
-    use the same processor, `tick` can be time.process_time: what this process itself computed.
+    On a GPU the stamps are events in its stream of work, so nothing waits for them.
     """
-
-    tick = staticmethod(time.perf_counter)
 
     def __init__(self, device):
         self.cuda = device.type == "cuda"
@@ -38,7 +35,7 @@ class Clock:
         self.mark("")
 
     def mark(self, name):
-        now = torch.cuda.Event(enable_timing=True) if self.cuda else self.tick()
+        now = torch.cuda.Event(enable_timing=True) if self.cuda else time.perf_counter()
         if self.cuda:
             now.record()
         self.stamps.append((name, now))
@@ -65,27 +62,27 @@ class Work:
     leave_out: str = ""  # a phase whose time does not count
 
 
-def phases(run, device):
-    """{name: seconds} of one run; what comes after its last mark is the "rest"."""
+def once(run, device):
+    """(what it returns, {phase: seconds}) of one run; after its last mark comes the "rest"."""
     clock = Clock(device)
-    run(clock)
+    answer = run(clock)
     clock.mark("rest")
-    return clock.seconds()
+    return answer, clock.seconds()
 
 
 def take_turns(work, device):
-    """{contender: [{phase: seconds} of each turn]}.
+    """{contender: [{phase: seconds} of each turn]}, the first of which is not to be counted.
 
-    The first run of each warms up memory, caches and kernels, and must give the same numbers.
+    It warms up memory, caches and kernels, compiles, and must give the same numbers.
     """
-    check_agreement({name: run(Clock(device)) for name, run in work.contenders.items()})
-    turns = {name: [] for name in work.contenders}
-    start = time.time()
+    first = {name: once(run, device) for name, run in work.contenders.items()}
+    check_agreement({name: answer for name, (answer, _) in first.items()})
+    turns, start = {name: [seconds] for name, (_, seconds) in first.items()}, time.time()
     for turn in range(TURNS):
         if turn >= LEAST and time.time() - start > SECONDS:
             break
         for name, run in work.contenders.items():
-            turns[name].append(phases(run, device))
+            turns[name].append(once(run, device)[1])
     return turns
 
 
@@ -94,12 +91,11 @@ def check_agreement(answers, tolerance=0.01):
 
     answers: {contender: numbers, or None}; the tolerance is relative to the largest of ours.
     """
-    for name, answer in answers.items():
-        if answer is not None:
-            ours, answer = torch.as_tensor(answers["ours"]), torch.as_tensor(answer)
-            error = ((answer - ours).abs().max() / ours.abs().max()).item()
-            if not error <= tolerance:
-                raise UserError(f"{name} computes something else than ours: {error:.2g} apart")
+    known = {name: torch.as_tensor(a) for name, a in answers.items() if a is not None}
+    for name, answer in known.items():
+        error = ((answer - known["ours"]).abs().max() / known["ours"].abs().max()).item()
+        if not error <= tolerance:
+            raise UserError(f"{name} computes something else than ours: {error:.2g} apart")
 
 
 def extra_memory(run, device):
@@ -118,6 +114,15 @@ def extra_memory(run, device):
     return (process_memory("VmHWM") - before) / 1e9
 
 
+def longest(work, device):
+    """The operations that take longest in two runs of ours, as a text table."""
+    with torch.profiler.profile() as seen:
+        for _ in range(2):
+            work.contenders["ours"](Clock(device))
+    by = "self_device_time_total" if device.type == "cuda" else "self_cpu_time_total"
+    return seen.key_averages().table(sort_by=by, row_limit=30, max_name_column_width=80)
+
+
 def process_memory(key):
     """Bytes of this process: VmRSS now, VmHWM at its peak."""
     lines = Path("/proc/self/status").read_text().splitlines()
@@ -128,7 +133,7 @@ def matmul_peak(device, dtype):
     """FLOP/s of a large matrix product: what 100 % of this device would be, in this very run."""
     n = 8192 if device.type == "cuda" else 1536
     x, y = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
-    return 2 * n**3 / min(phases(lambda clock: torch.mm(x, y), device)["rest"] for _ in range(6))
+    return 2 * n**3 / min(once(lambda _: torch.mm(x, y), device)[1]["rest"] for _ in range(6))
 
 
 # ---- results ------------------------------------------------------------------------------------
@@ -138,10 +143,8 @@ def measure(work, device, dtype):
     """A record: what was measured, on what, and a row of figures for each contender."""
     turns = take_turns(work, device)
     memory = {name: extra_memory(run, device) for name, run in work.contenders.items()}
-    setting = f"PyTorch {torch.__version__}, Python {platform.python_version()}"
-    setting += f", threads: {torch.get_num_threads()}"
-    if Clock.tick == time.process_time:
-        setting += ", CPU time"
+    versions = f"PyTorch {torch.__version__}, Python {platform.python_version()}"
+    setting = f"{versions}, threads: {torch.get_num_threads()}"
     record = {"title": work.title, "device": product(device), "setting": setting}
     record["rows"] = rows(work, turns, memory)
     if work.flops:
@@ -162,11 +165,11 @@ def product(device):
 def rows(work, turns, memory):
     """{contender: what a row of the table shows}: medians and quartiles over the turns."""
     seconds = {
-        name: [sum(turn.values()) - turn.get(work.leave_out, 0) for turn in each]
+        name: [sum(turn.values()) - turn.get(work.leave_out, 0) for turn in each[1:]]
         for name, each in turns.items()
     }
     found = {}
-    for name, each in turns.items():
+    for name, (_, *each) in turns.items():
         rates = [work.images / s for s in seconds[name]]
         low, rate, high = statistics.quantiles(rates, n=4, method="inclusive")
         ratios = [it / ours for it, ours in zip(seconds[name], seconds["ours"], strict=True)]
@@ -176,6 +179,7 @@ def rows(work, turns, memory):
             "runs": len(rates),
             "ours_over_it": statistics.median(ratios),
             "memory_gb": memory[name],
+            "first_seconds": sum(turns[name][0].values()),
             "milliseconds": {p: 1000 * statistics.median(t[p] for t in each) for p in each[0]},
         }
     return found
@@ -197,6 +201,8 @@ def table(record):
     for name, row in record["rows"].items():
         parts = [f"{p} {ms:.4g}" for p, ms in row["milliseconds"].items() if p != "rest"]
         lines += ["", f"{name}, milliseconds: {', '.join(parts)}"] if parts else []
+        if "first_seconds" in row:
+            lines += ["", f"{name}, first run: {row['first_seconds']:.3g} s"]
     if "tflops" in record:
         rate, share = record["tflops"], record["share_of_peak"]
         lines += ["", f"ours: {rate:.3g} TFLOP/s, {share:.0%} of the peak"]
@@ -209,40 +215,32 @@ Made by `python -m bench`, from `benchmarks.json` beside this page. Ratios are w
 absolute figures belong to the machine. Contenders of a table ran in one process and in turns;
 quartiles show the spread. "Extra memory" is the peak of one run above what was in use before it.
 "The peak" is the rate of a large matrix product, measured in the same run; counted are the matrix
-products of a step, without what stochastic depth leaves out. "CPU time" stands where other work
-shared the processor: it counts what the process itself computed, with one thread; caches and
-memory were shared all the same.
+products of a step, without what stochastic depth leaves out. The first run, which may have to
+compile, is apart. `python -m bench gpu --official PATH --to docs` measures all rows for one GPU.
 """
-MISSING = "## Not measured\n\n| work | target | the command that measures it |\n|---|---|---|"
 
 
 def page(records):
-    """All records as a page; those without rows are wishes, with a target and a command."""
-    parts, wishes = [PAGE], []
+    """All records as a page; some are a text instead, of figures that came from elsewhere."""
+    parts = [PAGE]
     for r in records:
-        if "rows" in r:
-            parts += [f"## {r['title']}\n", f"{r['device']}, {r['setting']}\n"]
-            parts += [f"    {r['command']}\n", table(r) + "\n"]
+        parts.append(f"## {r['title']}\n")
+        if "text" in r:
+            parts += [*r["text"], ""]
         else:
-            wishes.append(f"| {r['title']} | {r['target']} | `{r['command']}` |")
-    return "\n".join([*parts, *([MISSING, *wishes, ""] if wishes else [])])
+            parts += [f"{r['device']}, {r['setting']}\n", f"    {r['command']}\n", table(r) + "\n"]
+    return "\n".join(parts)
 
 
 def save(record, folder):
     """Put a record among those of FOLDER/benchmarks.json, and write FOLDER/benchmarks.md anew.
 
-    It takes the place of what the same command gave on this device, or of the wish for it.
+    It takes the place of what the same command gave on this device.
     """
-    path, device = Path(folder, "benchmarks.json"), record["device"]
+    path, new = Path(folder, "benchmarks.json"), (record["command"], record["device"])
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         records = json.loads(path.read_text()) if path.exists() else []
-        records = [
-            old
-            for old in records
-            if old["command"] != record["command"] or old.get("device", device) != device
-        ]
-        records.append(record)
+        records = [r for r in records if (r.get("command"), r.get("device")) != new] + [record]
         path.write_text(json.dumps(records, indent=1) + "\n")
         path.with_suffix(".md").write_text(page(records))
     except (OSError, ValueError) as error:

@@ -1,9 +1,8 @@
-"""What bench/ compares us with: the official code, LightlySSL, timm.
+"""What bench/ compares us with: the official code, LightlySSL.
 
     official   a checkout of github.com/facebookresearch/dinov2, by --official PATH
     lightly    the step of examples/pytorch/dinov2.py in github.com/lightly-ai/lightly, with the
                sizes of the config; teacher targets by centering, as it has no Sinkhorn-Knopp
-    timm       the ViT of timm, which has no DINOv2 training: the backbone only
 
 They compute in the precision of the config by autocast. A function <peer>_<what> makes what takes
 turns with ours, run(clock), from the config and from what bench/ gives to this kind of work.
@@ -15,7 +14,6 @@ import os
 import sys
 from functools import partial
 from pathlib import Path
-from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -26,7 +24,6 @@ import config
 from config import UserError
 from dinov2 import LARGE_CROPS as T
 from dinov2 import Output, ibot_prototypes
-from eval_knn import NEIGHBOURS, TEMPERATURE
 from optim import schedules
 from parallel import dtype_of
 from vit import SIZES
@@ -67,15 +64,6 @@ def installed(name):
         raise UserError(f"{name}: {error}; pip install {missing}") from None
 
 
-def import_torchvision():
-    """torchvision; what is needed of it works without its compiled operators, if need be."""
-    try:
-        installed("torchvision")
-    except RuntimeError:
-        with mock.patch("torch.library.register_fake", lambda name: lambda function: function):
-            installed("torchvision")
-
-
 def autocast(cfg, device):
     return torch.autocast(device.type, dtype_of(cfg), dtype_of(cfg) != torch.float32)
 
@@ -101,8 +89,7 @@ def vit_arguments(cfg, drop_path=0.0):
 class Official(nn.Module):
     """Backbone and heads, built and called as in its SSLMetaArch, which itself wants FSDP and CUDA.
 
-    xFormers needs a GPU; without one the backbone takes the crops of each size in a pass of their
-    own, with PyTorch's attention, as it does by itself for a single tensor.
+    Without a GPU for xFormers each size of crops has a pass of its own, with PyTorch's attention.
     """
 
     def __init__(self, cfg, drop_path):
@@ -151,7 +138,8 @@ class Official(nn.Module):
 
 def official_objective(cfg, device):
     """objective(student, teacher, batch) -> loss, as in SSLMetaArch.forward_backward."""
-    single_process()
+    if not dist.is_initialized():  # its Sinkhorn uses collectives, also for one process
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     loss, temp = official("loss"), cfg.loss.student_temp
     dino = loss.DINOLoss(cfg.head.prototypes, temp).to(device)
     ibot = loss.iBOTPatchLoss(ibot_prototypes(cfg), temp).to(device)
@@ -189,25 +177,17 @@ def official_objective(cfg, device):
     return objective
 
 
-def single_process():
-    """Its Sinkhorn and k-NN use collectives, also for one process."""
-    if not dist.is_initialized():
-        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-
-
 def official_step(cfg, device, in_phases, like):
     """The loop of its train.py, without FSDP, from the weights of `like`."""
     student, teacher = (Official(cfg, r).to(device) for r in (cfg.vit.drop_path, 0.0))
     for network in student, teacher:
         network.load_state_dict(like.state_dict())
     teacher.requires_grad_(False).eval()
-    tools, optim, now = official("utils.param_groups"), cfg.optim, schedules(cfg.steps // 2, cfg)
-    groups = []
-    for part in student.children():
-        rows = tools.get_params_groups_with_decay(part, optim.layer_decay, optim.patch_embed_lr)
-        groups += [{**group, "foreach": True} for group in tools.fuse_params_groups(rows)]
-    # Its factors of lr and decay for each group change no time, so they are left out.
-    optimizer = torch.optim.AdamW(groups, now.lr, optim.betas, weight_decay=now.weight_decay)
+    # Its groups, with their factors of lr and decay, change little time, so they are left out.
+    now = schedules(cfg.steps // 2, cfg)
+    optimizer = torch.optim.AdamW(
+        student.parameters(), now.lr, weight_decay=now.weight_decay, foreach=True
+    )
 
     @torch.no_grad()
     def ema(teacher, student, momentum):
@@ -226,7 +206,7 @@ def official_losses(cfg, device, in_phases):
 
 def official_augment(cfg, device, file, count):
     """From the bytes of an image to normalised crops, `count` times, then stacked."""
-    import_torchvision()
+    installed("torchvision")
     c = cfg.crops
     if cfg.augment != config.Augment() or c.ratio != config.Crops().ratio:
         raise UserError("the official code has its colours built in: leave augment.* as they are")
@@ -243,49 +223,7 @@ def official_augment(cfg, device, file, count):
     return run
 
 
-def official_knn(cfg, device, train_ND, label_N, test_MD, classes):
-    """Its module for one process, with the batches of 256 of its evaluation."""
-    single_process()
-    import_torchvision()
-    # What evaluation needs besides (metrics, config files) is not part of this work.
-    others = ("eval.metrics", "eval.setup", "eval.utils")
-    with mock.patch.dict(sys.modules, {f"dinov2.{name}": mock.MagicMock() for name in others}):
-        module = official("eval.knn").KnnModule
-    neighbours = module(train_ND, label_N, NEIGHBOURS, TEMPERATURE, device, classes)
-
-    def run(clock):
-        votes = [neighbours(batch) for batch in test_MD.split(256)]
-        return torch.cat([vote[max(NEIGHBOURS)] for vote in votes])
-
-    return run
-
-
-# ---- timm and lightly ---------------------------------------------------------------------------
-
-
-def timm_vit(cfg, drop_path=0.0):
-    """timm's ViT of the size of the config."""
-    import_torchvision()
-    if (cfg.vit.ffn or SIZES[cfg.vit.size][3]) != "mlp" or cfg.vit.registers:
-        raise UserError("timm and lightly are compared without registers and with vit.ffn=mlp")
-    return installed("timm.models.vision_transformer").VisionTransformer(
-        **vit_arguments(cfg, drop_path), num_classes=0, dynamic_img_size=True
-    )
-
-
-def timm_backbone(cfg, device, images):
-    """All crops of a size in one pass, forward and backward."""
-    net = timm_vit(cfg, cfg.vit.drop_path).to(device)
-
-    def run(clock):
-        with autocast(cfg, device):
-            out = [net.forward_features(x) for x in images]
-        clock.mark("forward")
-        sum(x.float().sum() for x in out).backward()
-        net.zero_grad(set_to_none=True)
-        clock.mark("backward")
-
-    return run
+# ---- lightly ------------------------------------------------------------------------------------
 
 
 class Lightly(nn.Module):
@@ -293,9 +231,12 @@ class Lightly(nn.Module):
 
     def __init__(self, cfg):
         super().__init__()
-        vit, h = timm_vit(cfg), cfg.head
-        if h.layers != 3:
-            raise UserError("the heads of lightly have three layers: head.layers=3")
+        installed("torchvision")
+        h, v = cfg.head, cfg.vit
+        if h.layers != 3 or v.registers or (v.ffn or SIZES[v.size][3]) != "mlp":
+            raise UserError("lightly has head.layers=3, vit.registers=0 and vit.ffn=mlp: set these")
+        timm = installed("timm.models.vision_transformer")
+        vit = timm.VisionTransformer(**vit_arguments(cfg), num_classes=0, dynamic_img_size=True)
         parts = installed("lightly.models.modules")
         self.backbone = parts.MaskedVisionTransformerTIMM(
             vit, antialias=False, pos_embed_initialization="skip"
@@ -340,11 +281,8 @@ def lightly_step(cfg, device, in_phases, like):
         total = cfg.loss.dino * total + cfg.loss.ibot * patches
         return total + cfg.loss.koleo * sum(koleo(view) for view in said.cls.chunk(T))
 
-    run = in_phases(
-        student, teacher, objective, optimizer, lambda t, s, m: utils.update_momentum(s, t, m)
-    )
+    def ema(teacher, student, momentum):
+        utils.update_momentum(student, teacher, momentum)
 
-    def without_loss(clock):
-        run(clock)  # its loss, of other weights and targets, is not ours
-
-    return without_loss
+    run = in_phases(student, teacher, objective, optimizer, ema)
+    return lambda clock: run(clock) and None  # its loss, of other weights and targets, is not ours
