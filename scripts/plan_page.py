@@ -26,7 +26,7 @@ from bench.measure import product
 from parallel import process_group, ranks, replicate
 
 ROOT = Path(__file__).resolve().parent.parent
-SMALL = "configs/vits14.yaml batch=4 precision=fp32 head.prototypes=4096"
+SMALL = "configs/vits14.yaml batch=8 precision=fp32"
 CHECKED = [
     (1, "none", "none"), (1, "none", "selective"), (1, "none", "full"), (2, "ddp", "none"),
     (2, "fsdp", "none"), (2, "fsdp", "selective"), (2, "fsdp", "full"),
