@@ -146,7 +146,8 @@ def write_folder(backbone, state, path, about, size):
     path.mkdir(exist_ok=True)
     for name, content in ("config.json", config), ("preprocessor_config.json", processor):
         (path / name).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    return write_weights(renamed(state, HUGGING_FACE), path / "model.safetensors", about)
+    write_weights(renamed(state, HUGGING_FACE), path / "model.safetensors", about)
+    return str(path)
 
 
 class Tokens(nn.Module):

@@ -180,7 +180,8 @@ def evaluation_config(known, images, path):
         return cfg
     if d.channels != 3:
         d.mean, d.std = (0.5,) * d.channels, (0.25,) * d.channels
-    if not re.fullmatch(r"dino.*_pretrain\.pth", path.name):  # released: ImageNet's for sure
+    # Released files are of ImageNet's for sure.
+    if not re.fullmatch(r"dino.*_pretrain(_full_checkpoint)?\.pth", path.name):
         warn(f"{path} does not say how its images were normalised: assumed are "
              f"data.mean={shown(d.mean)} and data.std={shown(d.std)}")  # fmt: skip
     return cfg
