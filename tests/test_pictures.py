@@ -174,6 +174,21 @@ def test_queries_of_8_and_of_16_bits_are_read_alike(place):
     assert one[0] > 0.999 and same[0] > 0.999
 
 
+def test_a_damaged_image_is_nobodys_neighbour_and_asks_for_none(place, monkeypatch):
+    network = visualize.Network(place / "run")
+    source = visualize.unlabelled(network, [str(place / n) for n in ("a.jpg", "b.png") * 3])
+
+    def read(i, images=source.images):
+        if i == 2:
+            raise OSError("damaged")
+        return images[i]
+
+    monkeypatch.setattr(source, "read", read)
+    assert 2 not in neighbours.spread(source, 6)
+    found = neighbours.nearest(network.net, source, source, network.cfg, 3)
+    assert all(len(pairs) == 3 and 2 not in [i for _, i in pairs] for pairs in found)
+
+
 def test_images_of_five_channels_are_drawn(draw):
     for command in ("pca", "attention"):
         draw(command, "five", "five.npy", "shifts=1", "out=five.png")
