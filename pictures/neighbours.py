@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from data import evaluation_batches
+from data import DAMAGED, evaluation_batches
 from eval_knn import untrained
 from images.held_out import Part
 from images.sources import read_or_next
@@ -35,7 +35,7 @@ def cls_features(net, source, cfg, what, batch=256):
             features.append(F.normalize(net(image_BCSS).float(), dim=1).cpu())
             labels.append(label_B)
             bar.update(len(label_B))
-    good_N = torch.cat(labels) >= -1
+    good_N = torch.cat(labels) != DAMAGED
     return torch.cat(features)[good_N], good_N.nonzero().flatten()
 
 
@@ -44,11 +44,9 @@ def nearest(net, queries, pool, cfg, count):
     pool_ND, place_N = cls_features(net, pool, cfg, "data set")
     # One by one, as some may have 8 bits and others 16.
     query_QD, _ = cls_features(net, queries, cfg, "queries", batch=1)
-    # Twice as many, as none of those that are shown may be a damaged one that another stood for.
-    cosines, rows = (query_QD @ pool_ND.T).topk(min(2 * count, len(pool_ND)), dim=1)
+    cosines, rows = (query_QD @ pool_ND.T).topk(min(count, len(pool_ND)), dim=1)
     both = zip(cosines.tolist(), place_N[rows].tolist(), strict=True)
-    found = [list(zip(*pair, strict=True)) for pair in both]
-    return [[pair for pair in pairs if readable(pool, pair[1])][:count] for pairs in found]
+    return [list(zip(*pair, strict=True)) for pair in both]
 
 
 def draw(networks, queries, pool, cfg, path, count):
@@ -107,10 +105,6 @@ def spread(source, count):
     # One further each time: labels that take turns are all met.
     places = [(i * len(source) // count + i) % len(source) for i in range(count)]
     return [read_or_next(source, place)[1] for place in places]
-
-
-def readable(source, i):
-    return read_or_next(source, i)[1] == i
 
 
 def class_of(source, i):

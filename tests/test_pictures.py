@@ -186,7 +186,8 @@ def test_a_damaged_image_is_nobodys_neighbour_and_asks_for_none(place, monkeypat
     monkeypatch.setattr(source, "read", read)
     assert 2 not in neighbours.spread(source, 6)
     found = neighbours.nearest(network.net, source, source, network.cfg, 3)
-    assert all(len(pairs) == 3 and 2 not in [i for _, i in pairs] for pairs in found)
+    assert len(found) == 5 and all(len(pairs) == 3 for pairs in found)
+    assert 2 not in [i for pairs in found for _, i in pairs]
 
 
 def test_images_of_five_channels_are_drawn(draw):
