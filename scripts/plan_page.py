@@ -134,7 +134,8 @@ def table_of_plan(words):
 PAGE = """# What `bench/plan.py` says, beside what a step takes
 
 Written by `python scripts/plan_page.py`, with the code as it is. Memory is in GiB ({gib_is} bytes),
-everything else in powers of ten. A plan takes 5 to 20 seconds of one core (AMD EPYC, Zen 4).
+everything else in powers of ten. A plan takes 5 to 15 seconds of one core on one GPU, some 40
+for ViT-g/14 on 256 (AMD EPYC).
 
 ## Memory, on two processes
 
@@ -144,8 +145,7 @@ torchrun --nproc_per_node=2 scripts/plan_page.py {small} \\
 ```
 
 takes two real steps on two processes and prints how far the plan is from the most bytes that
-PyTorch's allocator had given out. On
-{device}, PyTorch {torch}:
+PyTorch's allocator had given out. On {device}, PyTorch {torch}:
 
 | processes | parallel | activation_checkpointing | planned | taken | error |
 |---|---|---|---|---|---|
@@ -157,16 +157,16 @@ Tests keep the error of the embedded set's network under 10 %, on one process an
 
 Each kernel takes at least as long as its bytes need at 3.0 TB/s, or its matrix products at
 775 TFLOP/s. "Measured" are eager steps of commit 22e8437 on one NVIDIA H100 80GB HBM3 (2026-11-25,
-PyTorch 2.11.0+cu130); memory is what comes on top of weights, moments and teacher.
+PyTorch 2.11.0+cu130), whose code moved 448, 236, 446, 364 and 122 GB, in at least 210, 108, 223,
+126 and 41 ms; memory is what comes on top of weights, moments and teacher.
 
 | network | bytes moved | at least | measured | measured / at least | memory planned | measured |
 |---|---|---|---|---|---|---|
 {gpu}
 
-For the first three the code of commit 22e8437 itself moved 442, 228 and 380 GB. What the bound
-leaves out: rows were gathered and added one by one with atomics (40 ms measured in a ViT-L/16 step
-of 64 images, 16 counted), LayerNorm (22, 9), and the two small networks wait for launches, colours
-and the loader. The plan multiplies the bound by {slower}, as was measured for the large ones.
+What the bound leaves out: rows were gathered and added one by one with atomics (40 ms measured in a
+ViT-L/16 step of 64 images, 16 counted), LayerNorm (22, 9), and the two small networks wait for
+launches, colours and the loader. The plan multiplies the bound by {slower}, as was measured for the large ones.
 
 ## One step, by part
 
