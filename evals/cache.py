@@ -63,7 +63,7 @@ def fingerprint(backbone, source, cfg, more=""):
         digest.update(value.cpu().contiguous().numpy())
     how = [block.attn.heads for block in backbone.blocks]
     how += [backbone.interpolate_offset, backbone.interpolate_antialias, cfg.crops.global_size]
-    how += [dtype_of(cfg), cfg.data.mean, cfg.data.std, more]
+    how += [backbone.norm.eps, dtype_of(cfg), cfg.data.mean, cfg.data.std, more]
     digest.update(repr([*how, *source_words(source)]).encode())
     return digest.hexdigest()[:32]
 

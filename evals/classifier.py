@@ -82,6 +82,7 @@ def save(classifier, cfg, path):
             "size": [backbone.dim, backbone.depth, block.attn.heads, ffn],
             "interpolate_offset": backbone.interpolate_offset,
             "interpolate_antialias": backbone.interpolate_antialias,
+            "eps": backbone.norm.eps,
         },
         "targets": [[name, list(classes)] for name, classes in classifier.targets],
         "state": {name: value.cpu() for name, value in classifier.state_dict().items()},
@@ -101,6 +102,9 @@ def load(path, with_config=False):
     parts = {name.partition(".")[::2]: value for name, value in found["state"].items()}
     state = {name: value for (part, name), value in parts.items() if part == "backbone"}
     backbone = VisionTransformer(**architecture(state, path, found["backbone"]))
+    for module in backbone.modules():
+        if isinstance(module, nn.LayerNorm):
+            module.eps = found["backbone"].get("eps", module.eps)
     wide = backbone.dim * (min(BLOCKS, backbone.depth) + 1)
     heads = [
         Head(name, classes, torch.zeros(len(classes), wide), torch.zeros(len(classes)))
