@@ -166,7 +166,8 @@ PyTorch 2.11.0+cu130), whose code moved 448, 236, 446, 364 and 122 GB, in at lea
 
 What the bound leaves out: rows were gathered and added one by one with atomics (40 ms measured in a
 ViT-L/16 step of 64 images, 16 counted), LayerNorm (22, 9), and the two small networks wait for
-launches, colours and the loader. The plan multiplies the bound by {slower}, as was measured for the large ones.
+launches, colours and the loader. The plan multiplies the bound by {slower}, as was measured for
+the large ones.
 
 ## One step, by part
 
