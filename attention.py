@@ -11,10 +11,10 @@ one result:
 
 Shapes:  M tokens of all crops   H heads   E channels per head
          B crops of one size   T tokens of each
-`groups` lists (B, T) for each crop size, in the order in which the tokens are packed.
 """
 
 from functools import lru_cache
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -22,20 +22,61 @@ import torch.nn.functional as F
 from config import UserError
 
 
-def attend(qkv_M3HE, groups, backend):
-    """Softmax attention of every token to the tokens of its own crop: (M, 3, H, E) -> (M, H, E)."""
+class Packing(NamedTuple):
+    """How crops lie in the row of tokens, and what keeps them apart: made once for a batch.
+
+    Nothing of it may be made inside of what torch.compile traces.
+    """
+
+    groups: tuple  # (B, T) for each crop size, in the order in which the tokens are packed
+    backend: str
+    borders: Any = None  # varlen: what crop_starts returns; xformers: its mask
+
+
+def pack(groups, backend, like):
+    """The Packing for these groups, attended to by `backend`, of tokens such as `like`."""
     if backend == "auto":
-        backend = fastest(qkv_M3HE.device, qkv_M3HE.dtype)
-    if backend == "varlen":
-        return attend_varlen(qkv_M3HE, groups)
-    if backend == "xformers":
-        return attend_xformers(qkv_M3HE, groups)
-    out = []
-    for qkv, (B, T) in zip(qkv_M3HE.split([B * T for B, T in groups]), groups, strict=True):
-        q, k, v = qkv.unflatten(0, (B, T)).permute(2, 0, 3, 1, 4)  # 3 x (B, H, T, E)
-        one_size = plain_attention if backend == "plain" else F.scaled_dot_product_attention
-        out.append(one_size(q, k, v).transpose(1, 2).flatten(0, 1))
+        backend = fastest(like.device, like.dtype)
+    make = {"varlen": crop_starts, "xformers": block_diagonal}.get(backend)
+    return Packing(tuple(groups), backend, make and make(tuple(groups), like.device))
+
+
+def attend(qkv_M3HE, packing):
+    """Softmax attention of every token to the tokens of its own crop: (M, 3, H, E) -> (M, H, E)."""
+    if packing.backend == "varlen":
+        return attend_varlen(qkv_M3HE, *packing.borders)
+    if packing.backend == "xformers":
+        return attend_xformers(qkv_M3HE, packing.borders)
+    one_size = plain_attention if packing.backend == "plain" else F.scaled_dot_product_attention
+    qkv = SplitCrops.apply(qkv_M3HE, packing.groups)
+    out = [one_size(*qkv[i : i + 3]).transpose(1, 2).flatten(0, 1) for i in range(0, len(qkv), 3)]
     return out[0] if len(out) == 1 else torch.cat(out)
+
+
+def split_crops(qkv_M3HE, groups):
+    """Views of q, k and v of one crop size after the other, (B, H, T, E) each."""
+    parts = qkv_M3HE.split([B * T for B, T in groups])
+    parts = [x.unflatten(0, g).permute(2, 0, 3, 1, 4) for x, g in zip(parts, groups, strict=True)]
+    return tuple(x for part in parts for x in part.unbind(0))
+
+
+class SplitCrops(torch.autograd.Function):
+    """split_crops, whose gradients are written to their places in one copy.
+
+    PyTorch's own would stack q, k and v, turn them, and join the crop sizes: three copies.
+    """
+
+    @staticmethod
+    def forward(ctx, qkv_M3HE, groups):
+        ctx.shape, ctx.groups = qkv_M3HE.shape, groups
+        return split_crops(qkv_M3HE, groups)
+
+    @staticmethod
+    def backward(ctx, *grads):
+        grad_M3HE = grads[0].new_empty(ctx.shape)
+        for place, grad in zip(split_crops(grad_M3HE, ctx.groups), grads, strict=True):
+            place.copy_(grad)
+        return grad_M3HE, None
 
 
 def plain_attention(q, k, v):
@@ -44,24 +85,24 @@ def plain_attention(q, k, v):
     return weights.softmax(dim=-1) @ v
 
 
-def attend_varlen(qkv_M3HE, groups):
+def attend_varlen(qkv_M3HE, starts, longest):
     """One call of PyTorch's flash kernel; cumulative lengths tell it where each crop begins."""
     from torch.nn.attention.varlen import varlen_attn
 
-    starts, longest = crop_starts(groups, qkv_M3HE.device)
     q, k, v = qkv_M3HE.unbind(1)
     return varlen_attn(q, k, v, starts, starts, longest, longest)
 
 
-def attend_xformers(qkv_M3HE, groups):
+@torch.compiler.disable
+def attend_xformers(qkv_M3HE, mask):
     """One call of xFormers' kernel; the block-diagonal mask keeps each crop to itself."""
     from xformers.ops import memory_efficient_attention
 
     q, k, v = qkv_M3HE.unsqueeze(0).unbind(2)  # (1, M, H, E): one long sequence
-    return memory_efficient_attention(q, k, v, attn_bias=block_diagonal(groups, q.device))[0]
+    return memory_efficient_attention(q, k, v, attn_bias=mask)[0]
 
 
-# Both are made once for each combination of crops rather than in each of 40 blocks. The caches are
+# Both are kept for some combinations of crops: another batch mostly has the same. The caches are
 # bounded, so a run over many resolutions does not fill the memory.
 @lru_cache(maxsize=64)
 def crop_starts(groups, device):

@@ -19,13 +19,15 @@ Shapes:  B images of one crop size   N patches   T = 1 + registers + N tokens   
 """
 
 from dataclasses import asdict
-from functools import partial
+from functools import cache, partial
+from itertools import chain
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from attention import attend
+from attention import Packing, attend, pack
 from config import UserError
 
 # name:        dim  depth  heads  ffn        The first three are ours, for small images; the others
@@ -41,11 +43,20 @@ SIZES = {  #                                 are the released ones, with 64 chan
 
 
 class Linear(nn.Linear):
-    """nn.Linear that computes in the precision of its input: fp32 weights are cast at use."""
+    """nn.Linear that computes in the precision of its input: fp32 weights are cast at use.
 
-    def forward(self, x):
-        bias = None if self.bias is None else self.bias.to(x.dtype)
-        return F.linear(x, self.weight.to(x.dtype), bias)
+    gamma * (W x + b), for a LayerScale behind it, is (gamma W) x + gamma b: that scales D x D
+    numbers instead of tokens x D, forward and backward.
+    """
+
+    def forward(self, x, gamma=None):
+        weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
+        if gamma is None:
+            return F.linear(x, weight, bias)
+        gamma = gamma.to(x.dtype)
+        if x.dtype == torch.float16:  # which has no 1e-5 * 0.02
+            return F.linear(x, weight, bias) * gamma
+        return F.linear(x, gamma.unsqueeze(1) * weight, gamma * bias)
 
 
 class LayerNorm(nn.LayerNorm):
@@ -77,16 +88,15 @@ class PatchEmbed(nn.Module):
 class Attention(nn.Module):
     """Multi-head self-attention within each crop of a packed row of tokens."""
 
-    def __init__(self, dim, heads, backend):
+    def __init__(self, dim, heads):
         super().__init__()
         self.heads = heads
-        self.backend = backend
         self.qkv = Linear(dim, 3 * dim)
         self.proj = Linear(dim, dim)
 
-    def forward(self, x, groups):
+    def forward(self, x, packing, gamma=None):
         qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1))  # (M, 3, H, E)
-        return self.proj(attend(qkv, groups, self.backend).flatten(1))
+        return self.proj(attend(qkv, packing).flatten(1), gamma)
 
 
 class Mlp(nn.Module):
@@ -97,8 +107,8 @@ class Mlp(nn.Module):
         self.fc1 = Linear(dim, hidden)
         self.fc2 = Linear(hidden, dim)
 
-    def forward(self, x):
-        return self.fc2(F.gelu(self.fc1(x)))
+    def forward(self, x, gamma=None):
+        return self.fc2(F.gelu(self.fc1(x)), gamma)
 
 
 class SwiGLU(nn.Module):
@@ -114,20 +124,17 @@ class SwiGLU(nn.Module):
         self.w12 = Linear(dim, 2 * hidden)
         self.w3 = Linear(hidden, dim)
 
-    def forward(self, x):
+    def forward(self, x, gamma=None):
         gate, value = self.w12(x).chunk(2, dim=-1)
-        return self.w3(F.silu(gate) * value)
+        return self.w3(F.silu(gate) * value, gamma)
 
 
 class LayerScale(nn.Module):
-    """A trainable factor for each channel of a residual branch."""
+    """A trainable factor for each channel of a residual branch; its last Linear applies it."""
 
     def __init__(self, dim, start):
         super().__init__()
-        self.gamma = nn.Parameter(torch.full((dim,), float(start)))
-
-    def forward(self, x):
-        return x * self.gamma.to(x.dtype)
+        self.gamma = nn.Parameter(torch.full((dim,), float(start))) if start else None
 
 
 class Block(nn.Module):
@@ -136,41 +143,83 @@ class Block(nn.Module):
     `kept` says for each of the two branches which images stochastic depth keeps; None is all.
     """
 
-    def __init__(self, dim, heads, hidden, ffn, layerscale, attention):
+    def __init__(self, dim, heads, hidden, ffn, layerscale):
         super().__init__()
         self.norm1 = LayerNorm(dim, eps=1e-6)
-        self.attn = Attention(dim, heads, attention)
-        self.ls1 = LayerScale(dim, layerscale) if layerscale else nn.Identity()
+        self.attn = Attention(dim, heads)
+        self.ls1 = LayerScale(dim, layerscale)
         self.norm2 = LayerNorm(dim, eps=1e-6)
         self.mlp = {"mlp": Mlp, "swiglu": SwiGLU}[ffn](dim, hidden)
-        self.ls2 = LayerScale(dim, layerscale) if layerscale else nn.Identity()
+        self.ls2 = LayerScale(dim, layerscale)
 
-    def attention_branch(self, x, groups):
-        return self.ls1(self.attn(self.norm1(x), groups))
+    def attention_branch(self, x, packing):
+        return self.attn(self.norm1(x), packing, self.ls1.gamma)
 
-    def feed_forward_branch(self, x, groups):
-        return self.ls2(self.mlp(self.norm2(x)))
+    def feed_forward_branch(self, x, packing):
+        return self.mlp(self.norm2(x), self.ls2.gamma)
 
-    def forward(self, x, groups, kept=(None, None)):
+    def forward(self, x, packing, kept=(None, None)):
         # Ablation: drop kept[0] and kept[1] here to train without stochastic depth.
-        x = add_branch(x, self.attention_branch, groups, kept[0])
-        return add_branch(x, self.feed_forward_branch, groups, kept[1])
+        x = add_branch(x, self.attention_branch, packing, kept[0])
+        return add_branch(x, self.feed_forward_branch, packing, kept[1])
 
 
-def add_branch(x, branch, groups, kept=None):
-    """x + branch(x) on packed tokens (M, D); with stochastic depth only for the kept images.
+def add_branch(x_MD, branch, packing, kept=None):
+    """x + branch(x) on packed tokens; with stochastic depth (`kept`) only for the kept images.
 
-    kept  the packed rows of the kept images (m,), their groups, and batch / kept as a factor for
-          each row (m, 1). Dropped images are not computed at all: their rows stay as they are
-          (DINOv2 section 5, "Efficient stochastic depth").
+    Dropped images are not computed at all: their rows stay as they are (DINOv2 section 5,
+    "Efficient stochastic depth").
     """
     if kept is None:
-        return x + branch(x, groups)
-    rows, kept_groups, scale = kept
-    # index_select, not x[rows]: its gradient is an index_add too, not the general index_put, which
-    # sorts on a GPU and has one thread on a CPU.
-    subset = x.index_select(0, rows)
-    return x.index_add(0, rows, (branch(subset, kept_groups) * scale).to(x.dtype))
+        return x_MD + branch(x_MD, packing)
+    x_mD, x_MD = TakeRows.apply(x_MD, *kept.indices)
+    return AddRows.apply(x_MD, branch(x_mD, kept.packing), *kept.indices)
+
+
+class Kept(NamedTuple):
+    """The images that one branch computes.
+
+    packing  of their tokens alone
+    indices  rows (m,): where these tokens are among all M
+             place (M,): where a token is among the kept; any place if it is dropped
+             scale (M, 1): batch / kept, so that the mean is right; 0 if it is dropped
+    """
+
+    packing: Packing
+    indices: tuple
+
+
+# Kept rows are all different, so nothing has to be summed up: forward and backward are gathers,
+# without the atomic additions of PyTorch's gradient of a gather, and always give the same bits.
+class TakeRows(torch.autograd.Function):
+    """(x[rows], x). Handing x through lets the backward pass add both gradients at once."""
+
+    @staticmethod
+    def forward(ctx, x_MD, rows_m, place_M, scale_M1):
+        ctx.save_for_backward(place_M, scale_M1)
+        return x_MD.index_select(0, rows_m), x_MD.view_as(x_MD)
+
+    @staticmethod
+    def backward(ctx, grad_mD, grad_MD):
+        place_M, scale_M1 = ctx.saved_tensors
+        spread_MD, is_kept = grad_mD.index_select(0, place_M), (scale_M1 > 0).to(grad_mD.dtype)
+        return torch.addcmul(grad_MD, spread_MD, is_kept), None, None, None
+
+
+class AddRows(torch.autograd.Function):
+    """x + scale * branch[place]: what the branch says of the kept rows, added to these."""
+
+    @staticmethod
+    def forward(ctx, x_MD, branch_mD, rows_m, place_M, scale_M1):
+        ctx.save_for_backward(rows_m, scale_M1)
+        out_MD = torch.empty_like(x_MD)  # scale is fp32, and so is this sum before it is rounded
+        return torch.addcmul(x_MD, branch_mD.index_select(0, place_M), scale_M1, out=out_MD)
+
+    @staticmethod
+    def backward(ctx, grad_MD):
+        rows_m, scale_M1 = ctx.saved_tensors
+        grad_mD = grad_MD.index_select(0, rows_m).mul_(scale_M1.index_select(0, rows_m))
+        return grad_MD, grad_mD, None, None, None
 
 
 def resize_positions(pos_embed, rows, columns, offset=0.1, antialias=False):
@@ -228,7 +277,7 @@ class VisionTransformer(nn.Module):
         self.depth, self.patch, self.registers = depth, patch, registers
         self.interpolate_offset = interpolate_offset
         self.interpolate_antialias = interpolate_antialias
-        self.init_std, self.layerscale = init_std, layerscale
+        self.init_std, self.layerscale, self.attention = init_std, layerscale, attention
         self.drop_path = [
             drop_path if drop_path_uniform else drop_path * i / max(depth - 1, 1)
             for i in range(depth)
@@ -241,7 +290,7 @@ class VisionTransformer(nn.Module):
         self.mask_token = nn.Parameter(torch.empty(1, dim))
         self.patch_embed = PatchEmbed(channels, dim, patch)
         self.blocks = nn.ModuleList(
-            Block(dim, heads, 4 * dim, ffn or own_ffn, layerscale, attention) for _ in range(depth)
+            Block(dim, heads, 4 * dim, ffn or own_ffn, layerscale) for _ in range(depth)
         )
         self.norm = LayerNorm(dim, eps=1e-6)
         if not self.cls_token.is_meta:
@@ -330,12 +379,13 @@ class VisionTransformer(nn.Module):
         tokens = [self.prepare_tokens(c, m) for c, m in zip(crops, masks, strict=True)]
         groups = tuple(t.shape[:2] for t in tokens)
         x_MD = torch.cat([t.flatten(0, 1) for t in tokens])
+        packing = pack(groups, self.attention, x_MD)
         if kept is None and self.training and any(self.drop_path):
             kept = self.draw_kept(groups, rng)
-        kept = kept and packed_rows(kept, groups, x_MD.device)
+        kept = kept and packed_rows(kept, packing, x_MD)
         for i, block in enumerate(self.blocks):
             # A rate of 0 needs no gathering: the plain path gives the same.
-            x_MD = block(x_MD, groups, kept[i] if kept and self.drop_path[i] else (None, None))
+            x_MD = block(x_MD, packing, kept[i] if kept and self.drop_path[i] else (None, None))
         rows = [B * T for B, T in groups]
         norms, prenorms = self.norm(x_MD).split(rows), x_MD.split(rows)
         outputs = [
@@ -368,12 +418,12 @@ class VisionTransformer(nn.Module):
         """
         wanted = range(self.depth - n, self.depth) if isinstance(n, int) else n
         tokens = self.prepare_tokens(x)
-        groups, rows = (tokens.shape[:2],), x.shape[2] // self.patch
+        packing, rows = pack((tokens.shape[:2],), self.attention, tokens), x.shape[2] // self.patch
         x_MD, layers = tokens.flatten(0, 1), []
         for i, block in enumerate(self.blocks):
-            x_MD = block(x_MD, groups)
+            x_MD = block(x_MD, packing)
             if i in wanted:
-                out = (self.norm(x_MD) if norm else x_MD).unflatten(0, groups[0])
+                out = (self.norm(x_MD) if norm else x_MD).unflatten(0, tokens.shape[:2])
                 patches = out[:, 1 + self.registers :]
                 if reshape:
                     patches = patches.transpose(1, 2).unflatten(2, (rows, -1)).contiguous()
@@ -382,31 +432,49 @@ class VisionTransformer(nn.Module):
         return tuple(layers)
 
 
-def packed_rows(kept, groups, device):
-    """Turn kept images into packed token rows: what `Block` takes as `kept`, for every block.
+def packed_rows(kept, packing, x_MD):
+    """Turn kept images, as `draw_kept` returns them, into a Kept for each branch of each block.
 
-    All indices of the step go to the device in one copy that nobody waits for.
+    Numbers of images cross to the device in one go that nobody waits for, and become rows of tokens
+    there, for all branches of the step together.
     """
-    drawn = [images for block in kept for branch in block for images in branch]
-    flat = torch.cat(drawn)
-    if device.type == "cuda":
-        flat = flat.pin_memory()
-    drawn = iter(flat.to(device, non_blocking=True).split([len(images) for images in drawn]))
-    crops, start = [], 0
-    for B, T in groups:
-        crops.append((B, T, start + torch.arange(T, device=device)))  # the rows of its first image
-        start += B * T
+    pack_once = cache(partial(pack, backend=packing.backend, like=x_MD))
+    packings, rows, places, scales = [], [], [], []
+    for images in chain(*kept):
+        row = place = 0
+        for (B, T), image_k in zip(packing.groups, images, strict=True):
+            k = len(image_k)
+            place_B, scale_B = torch.zeros(B, dtype=torch.long), torch.zeros(B)
+            place_B[image_k] = torch.arange(place, place + k * T, T)
+            scale_B[image_k] = B / k
+            rows.append(torch.stack((row + image_k * T, torch.full_like(image_k, T))))
+            places.append(torch.stack((place_B, torch.full_like(place_B, T))))
+            scales.append(scale_B)
+            row, place = row + B * T, place + k * T
+        crops = zip(packing.groups, images, strict=True)
+        packings.append(pack_once(tuple((len(image_k), T) for (_, T), image_k in crops)))
 
-    def pack_branch():
-        rows, kept_groups, scale = [], [], []
-        for B, T, first_T in crops:
-            image_k = next(drawn)
-            rows.append((image_k.unsqueeze(1) * T + first_T).flatten())
-            kept_groups.append((len(image_k), T))
-            scale.append(torch.full((len(image_k) * T, 1), B / len(image_k), device=device))
-        return torch.cat(rows), tuple(kept_groups), torch.cat(scale)
+    def spread(first_and_length, total):
+        """The rows of all tokens: of each image `length`, from `first` on."""
+        first, length = to_device(torch.cat(first_and_length, dim=1), x_MD.device)
+        before = length.cumsum(0) - length
+        steps = torch.arange(total, device=x_MD.device)
+        return (first - before).repeat_interleave(length, output_size=total) + steps, length
 
-    return [[pack_branch() for _ in block] for block in kept]
+    sizes = [sum(k * T for k, T in each.groups) for each in packings]
+    total = len(packings) * len(x_MD)
+    row_m, _ = spread(rows, sum(sizes))
+    place_M, length = spread(places, total)
+    scale = to_device(torch.cat(scales), x_MD.device)
+    scale_M1 = scale.repeat_interleave(length, output_size=total).unsqueeze(1)
+    parts = row_m.split(sizes), place_M.split(len(x_MD)), scale_M1.split(len(x_MD))
+    flat = map(Kept, packings, zip(*parts, strict=True))
+    return [[next(flat) for _ in block] for block in kept]
+
+
+def to_device(x, device):
+    """A copy of a CPU tensor for which nobody waits."""
+    return (x.pin_memory() if device.type == "cuda" else x).to(device, non_blocking=True)
 
 
 @torch.no_grad()

@@ -30,7 +30,7 @@ import torch
 from PIL import Image
 
 import config
-from attention import attend, check_backend
+from attention import attend, check_backend, pack
 from augment import colour, crops
 from bench import peers as bench_peers
 from bench import rows
@@ -185,7 +185,7 @@ def attention(cfg, device):
     qkv = torch.randn(shape, device=device).to(dtype_of(cfg)).requires_grad_()
 
     def run(backend, clock):
-        out = attend(qkv, groups, backend)
+        out = attend(qkv, pack(groups, backend, qkv))
         clock.mark("forward")
         torch.autograd.grad(out.sum(), qkv)
         clock.mark("backward")

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from attention import pack
 from data import normalised, resize
 
 SHORT_SIDE = 32  # patches: what a larger picture is reduced to, unless a size is asked for
@@ -125,12 +126,12 @@ def attention_weights(net, pixels, layer):
     write down.
     """
     tokens = net.prepare_tokens(pixels)
-    groups, x = (tokens.shape[:2],), tokens.flatten(0, 1)
+    packing, x = pack((tokens.shape[:2],), net.attention, tokens), tokens.flatten(0, 1)
     for block in net.blocks[:layer]:
-        x = block(x, groups)
+        x = block(x, packing)
     block = net.blocks[layer]
     qkv = block.attn.qkv(block.norm1(x)).unflatten(1, (3, block.attn.heads, -1))
-    q, k, _ = qkv.unflatten(0, groups[0]).permute(2, 0, 3, 1, 4)  # (B, A, T, E) each
+    q, k, _ = qkv.unflatten(0, tokens.shape[:2]).permute(2, 0, 3, 1, 4)  # (B, A, T, E) each
     scores = q[:, :, : 1 + net.registers] @ k.transpose(2, 3) * q.shape[-1] ** -0.5
     return scores.float().softmax(dim=-1)
 

@@ -72,10 +72,10 @@ CHANGES = [
     Change(
         "drop_path=0.3, but nothing is dropped",
         "vit.py",
-        "x = add_branch(x, self.attention_branch, groups, kept[0])\n"
-        "        return add_branch(x, self.feed_forward_branch, groups, kept[1])",
-        "x = add_branch(x, self.attention_branch, groups)\n"
-        "        return add_branch(x, self.feed_forward_branch, groups)",
+        "x = add_branch(x, self.attention_branch, packing, kept[0])\n"
+        "        return add_branch(x, self.feed_forward_branch, packing, kept[1])",
+        "x = add_branch(x, self.attention_branch, packing)\n"
+        "        return add_branch(x, self.feed_forward_branch, packing)",
         DROP,
         "stochastic depth 0.3",
     ),
