@@ -56,6 +56,7 @@ Triple = tuple[float, float, float]
 Floats = tuple[float, ...]
 Words = tuple[str, ...]
 NUMBERS = (int, float, Pair, Triple, Floats)
+Switch = bool | str  # true, false or auto
 
 
 @dataclass
@@ -198,7 +199,7 @@ class Config:
     parallel: str = "none"  # none (one process), ddp (each has all weights), fsdp (weights split)
     attention: str = "auto"  # auto, xformers, sdpa, varlen or plain; auto takes the fastest
     activation_checkpointing: str = "none"  # none, selective or full: compute again, save memory
-    compile: bool = False  # torch.compile each block: slow start, faster steps
+    compile: Switch = "auto"  # torch.compile: slow first step, faster ones; auto: on NVIDIA GPUs
     accumulate: int = 1  # parts in which a process works through its images, to save memory
     init_from: str = ""  # run folder, file or released name (dinov2_vits14) to start from
     init_heads: bool = False  # also take the heads of init_from; false: fresh ones
@@ -308,6 +309,7 @@ EXPECTED = {
     int: "a whole number",
     float: "a number",
     bool: "true or false",
+    Switch: "true, false or auto",
     str: "text",
     Pair: "two numbers [a, b]",
     Triple: "three numbers [a, b, c]",
@@ -326,6 +328,8 @@ def convert(value, kind, key, source):
     if kind is str and type(value) is str:
         return os.path.expanduser(value)  # ~/photos, in whatever key
     if kind in (int, bool) and type(value) is kind:
+        return value
+    if kind is Switch and (type(value) is bool or value == "auto"):
         return value
     if get_origin(kind) is tuple and isinstance(value, (list, tuple)):
         each, *others = kind.__args__

@@ -12,11 +12,30 @@ Shapes:  K prototypes   N rows of scores   B images   T crops of the teacher (2)
          M masked patches of the batch   D channels
 """
 
+import functools
+
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from parallel import gather_from_ranks, max_over_ranks, sum_over_ranks
+
+
+def one_pass(function):
+    """Compile a function of large tensors if its first one is on a GPU: one kernel for its lines.
+
+    Numbers that change from step to step must be tensors, or each would be compiled anew.
+    """
+
+    @functools.cache
+    def compiled():
+        return torch.compile(function, dynamic=True)
+
+    @functools.wraps(function)
+    def call(x, *others):
+        return (compiled() if x.is_cuda else function)(x, *others)
+
+    return call
 
 
 @torch.no_grad()
@@ -36,6 +55,11 @@ def sinkhorn_knopp(score_NK, temp, iterations=3):
     for _ in range(iterations):
         column_K = N / (K * sum_over_ranks(torch.mv(Q_NK.T, row_N)))  # mv is fp32, mm may be TF32
         row_N = 1 / (Q_NK @ column_K)
+    return scaled(Q_NK, column_K, row_N)
+
+
+@one_pass
+def scaled(Q_NK, column_K, row_N):
     return Q_NK.mul_(column_K).mul_(row_N.unsqueeze(1))
 
 
@@ -51,25 +75,31 @@ def exponentials(score_NK, temp):
     top_K = score_NK.new_full(score_NK.shape[1:], -torch.inf)
     for rows in a_few_rows(score_NK):
         top_K = torch.maximum(top_K, score_NK[rows].amax(dim=0))
-    top_K = max_over_ranks(top_K.float() / temp)
+    scale = torch.full((), 1 / temp, device=score_NK.device)
+    top_K = max_over_ranks(top_K.float() * scale)
     Q_NK = torch.empty_like(score_NK, dtype=torch.float32)
     row_N = Q_NK.new_empty(len(Q_NK))
     for rows in a_few_rows(score_NK):
-        # add(a, b, alpha) is a + alpha * b in one pass over memory.
-        Q = torch.add(-top_K, score_NK[rows], alpha=1 / temp, out=Q_NK[rows])
-        top_N = Q.amax(dim=1)
-        Q.sub_(top_N.unsqueeze(1)).exp_()
-        row_N[rows] = top_N.exp()
+        row_N[rows] = exponentials_of_rows(score_NK[rows], scale, top_K, Q_NK[rows])
     return Q_NK, row_N
 
 
-SLICE = {"cpu": 2**18, "cuda": 2**28}  # numbers
+@one_pass
+def exponentials_of_rows(score_NK, scale, top_K, Q_NK):
+    """Fill a part of Q; its factors row_N."""
+    torch.addcmul(-top_K, score_NK, scale, out=Q_NK)  # one pass on a CPU too
+    top_N = Q_NK.amax(dim=1)
+    Q_NK.sub_(top_N.unsqueeze(1)).exp_()
+    return top_N.exp()
+
+
+SLICE = {"cpu": 2**18, "cuda": 2**26}  # numbers
 
 
 def a_few_rows(x_NK):
     """Slices of the rows of a large tensor, for intermediate results that are smaller than it.
 
-    On a CPU what its caches hold, as memory is slower than arithmetic; on a GPU a gigabyte of fp32.
+    On a CPU what its caches hold, as memory is slower than arithmetic; on a GPU a quarter gigabyte.
     """
     step = max(1, SLICE.get(x_NK.device.type, SLICE["cuda"]) // x_NK.shape[1])
     return [slice(first, first + step) for first in range(0, len(x_NK), step)]
@@ -121,13 +151,9 @@ class CrossEntropy(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             grad_NK = target_NK if overwrite else torch.empty_like(score_NK)
         for rows in a_few_rows(score_NK):
-            s, t = score_NK[rows].float(), target_NK[rows]
-            s = (s - s.amax(dim=1, keepdim=True)).div_(temp)  # only for the rounding
-            mass_N, dot_N = t.sum(dim=1), torch.linalg.vecdot(t, s)
-            sum_N = s.exp_().sum(dim=1)
-            loss += weight_N[rows] @ (mass_N * sum_N.log() - dot_N)
-            if grad_NK is not None:
-                torch.sub(s.mul_((mass_N / sum_N).unsqueeze(1)), t, out=grad_NK[rows])
+            t = target_NK[rows]
+            grad = t if grad_NK is target_NK else None if grad_NK is None else grad_NK[rows]
+            loss += weight_N[rows] @ cross_entropies(score_NK[rows], t, 1 / temp, grad)
         ctx.save_for_backward(grad_NK, weight_N)
         ctx.temp = temp
         return loss
@@ -138,6 +164,20 @@ class CrossEntropy(torch.autograd.Function):
         # In place, one rounding; a second backward through the same graph is an error.
         grad_NK, weight_N = ctx.saved_tensors
         return grad_NK.mul_((weight_N * (grad / ctx.temp)).unsqueeze(1)), None, None, None, None
+
+
+@one_pass
+def cross_entropies(score_NK, target_NK, scale, grad_NK):
+    """The bracket of CrossEntropy and, written to grad_NK if that is a tensor, its gradient."""
+    top_N1 = score_NK.amax(dim=1, keepdim=True).float()  # only for the rounding
+    s_NK = torch.add(top_N1 * -scale, score_NK, alpha=scale)
+    mass_N, dot_N = target_NK.sum(dim=1), (target_NK * s_NK).sum(dim=1)
+    exp_NK = s_NK.exp_()
+    sum_N = exp_NK.sum(dim=1)
+    if grad_NK is not None:
+        share_N1 = (mass_N / sum_N).unsqueeze(1)
+        torch.sub(exp_NK.mul_(share_N1), target_NK, out=grad_NK)
+    return mass_N * sum_N.log() - dot_N
 
 
 def dino_loss(score_SBK, target_TBK, temp=0.1):

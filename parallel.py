@@ -13,10 +13,14 @@ COLLECTIVE_TIMEOUT (environment, seconds, 600) is how long ranks wait for each o
 
 import contextlib
 import functools
+import importlib.util
 import os
+import shutil
 import sys
+import sysconfig
 import warnings
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -27,6 +31,7 @@ from tqdm import tqdm
 
 from attention import check_backend
 from config import RankError, UserError
+from vit import size_of
 
 # ---- collectives --------------------------------------------------------------------------------
 
@@ -195,7 +200,29 @@ def check_launch(cfg, device, world):
         raise UserError(
             f"precision=fp16 needs a CUDA device, this is {device.type}: use precision=auto"
         )
-    check_backend(cfg.attention, device, dtype_of(cfg))
+    dim, _, heads, _ = size_of(cfg.vit.size)
+    check_backend(cfg.attention, device, dtype_of(cfg), dim // heads)
+    compiles(cfg)
+
+
+def compiles(cfg):
+    """Whether a run compiles: compile=auto does on a CUDA device, if torch.compile can work.
+
+    Raises UserError when it is asked for where it cannot.
+    """
+    cuda = pick_device(cfg.device).type == "cuda"
+    # Kernels become C++ (CPU) or are started by a C program that Triton makes (CUDA).
+    compilers = ("CC", "gcc", "clang") if cuda else ("CXX", "g++", "clang++")
+    lacks = ""
+    if not any(shutil.which(os.environ.get(name, name)) for name in compilers):
+        lacks = f"{compilers[1]}, a compiler"
+    elif not Path(sysconfig.get_path("include"), "Python.h").exists():
+        lacks = "Python.h (python3-dev)"
+    elif cuda and not importlib.util.find_spec("triton"):
+        lacks = "the package triton"
+    if cfg.compile is True and lacks:
+        raise UserError(f"compile=true needs {lacks}: install it, or use compile=false")
+    return cfg.compile is True or (cfg.compile == "auto" and cuda and not lacks)
 
 
 def own_store():
@@ -223,6 +250,8 @@ def process_group(cfg):
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")  # TF32 where fp32 is asked, as official
+        if not compiles(cfg):  # losses.py would
+            torch.compiler.set_stance("force_eager")
     seconds = float(os.environ.get("COLLECTIVE_TIMEOUT", 600))
     try:
         if cfg.parallel != "none":
@@ -253,7 +282,7 @@ def wrap(network, cfg, train):
     """
     for block in network.backbone.blocks if train else ():
         checkpoint_activations(block, cfg.activation_checkpointing)
-    for block in network.backbone.blocks if cfg.compile else ():
+    for block in network.backbone.blocks if compiles(cfg) else ():
         block.compile()  # in place: parameter names stay clean, which torch.compile() would change
     if cfg.parallel == "fsdp":
         shard(network, cfg, train)

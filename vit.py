@@ -42,6 +42,13 @@ SIZES = {  #                                 are the released ones, with 64 chan
 }  # fmt: skip
 
 
+def size_of(size):
+    """(dim, depth, heads, ffn) of a name in SIZES; four such values stay what they are."""
+    if isinstance(size, str) and size not in SIZES:
+        raise UserError(f"vit.size={size} is unknown: choose one of {', '.join(SIZES)}")
+    return SIZES[size] if isinstance(size, str) else size
+
+
 class Linear(nn.Linear):
     """nn.Linear that computes in the precision of its input: fp32 weights are cast at use.
 
@@ -268,11 +275,9 @@ class VisionTransformer(nn.Module):
         attention="auto",
     ):
         super().__init__()
-        if isinstance(size, str) and size not in SIZES:
-            raise UserError(f"vit.size={size} is unknown: choose one of {', '.join(SIZES)}")
         if image_size % patch:
             raise UserError(f"image size {image_size} is not a multiple of vit.patch={patch}")
-        dim, depth, heads, own_ffn = SIZES[size] if isinstance(size, str) else size
+        dim, depth, heads, own_ffn = size_of(size)
         self.dim = self.embed_dim = dim
         self.depth, self.patch, self.registers = depth, patch, registers
         self.interpolate_offset = interpolate_offset

@@ -24,6 +24,7 @@ from attention import fastest
 from config import UserError, dump, replace_text, to_dict, writing
 from optim import scaled_lr
 from parallel import (
+    compiles,
     dtype_of,
     lists_of_ranks,
     multiplies_bf16,
@@ -374,6 +375,8 @@ def notes(cfg, device):
             "augment.* leaves all colours as they are, which photographs should not have: for "
             "those start from configs/imagenette.yaml"
         )
+    if compiles(cfg):
+        yield "the first step compiles the network, which takes up to a minute (compile=false: not)"
     if cfg.optim.warmup > cfg.steps:
         yield "the lr never reaches its peak: optim.warmup is longer than the run"
 
