@@ -37,12 +37,12 @@ class Packing(NamedTuple):
     borders: Any = None  # of the crops: what crop_starts or block_diagonal returns
 
 
-def pack(groups, backend, like):
-    """The Packing for these groups, attended to by `backend`, of tokens such as `like`."""
+def pack(groups, backend, device, dtype=None):
+    """The Packing for these groups of crops, attended to by `backend`."""
     if backend == "auto":
-        backend = fastest(like.device, like.dtype)
+        backend = fastest(device, dtype)
     make = {"varlen": crop_starts, "xformers": block_diagonal}.get(backend)
-    return Packing(tuple(groups), backend, make and make(tuple(groups), like.device))
+    return Packing(tuple(groups), backend, make and make(tuple(groups), device))
 
 
 def attend(qkv_M3HE, packing):
@@ -118,6 +118,7 @@ def crop_starts(groups, device):
 @lru_cache(maxsize=64)
 def block_diagonal(groups, device):
     """xFormers' mask for the packed crops."""
+    open_cuda_12()
     from xformers.ops.fmha.attn_bias import BlockDiagonalMask
 
     return BlockDiagonalMask.from_seqlens([T for B, T in groups for _ in range(B)], device=device)
@@ -134,44 +135,33 @@ def fastest(device, dtype):
 
 
 def check_backend(name, device, dtype, width=64):
-    """Refuse a backend without a kernel for this device, dtype and head width (channels).
+    """Refuse a backend without a kernel for this device, dtype and head width (in channels).
 
-    The UserError names the way out. Whether there is a kernel is found out by using it.
+    Whether there is one shows when it is used. The UserError names the way out.
     """
     if name not in ("varlen", "xformers"):
         return
     if device.type != "cuda":
         raise UserError(f"attention={name} has no kernel for {device.type}: use attention=auto")
+    logging.getLogger("xformers").setLevel(logging.ERROR)  # what it warns of is said below
     try:
-        reason = try_backend(name, device, dtype, width)
+        packing = pack(((1, 2),), name, device)
+        qkv = torch.zeros(2, 3, 1, width, device=device, dtype=dtype, requires_grad=True)
+        attend(qkv, packing).sum().backward()
     except ImportError as error:
         raise UserError(f"attention={name}: {error}; pip install {name}") from None
-    if reason:
-        kind = f"{str(dtype).removeprefix('torch.')} and heads of {width} channels"
-        raise UserError(f"attention={name} has no kernel for {kind} ({reason}): use attention=auto")
-
-
-def try_backend(name, device, dtype, width):
-    """Forward and backward of two tokens: why it cannot be, in one line, or "" if it works."""
-    if name == "xformers":
-        open_cuda_12()
-        logging.getLogger("xformers").setLevel(logging.ERROR)  # what it warns of is returned here
-        import xformers.ops  # noqa: F401
-    qkv = torch.zeros(2, 3, 1, width, device=device, dtype=dtype, requires_grad=True)
-    try:
-        attend(qkv, pack(((1, 2),), name, qkv)).sum().backward()
     except (RuntimeError, ValueError) as error:
-        first, *reasons = str(error).split("is not supported because:")
-        lines = [line.strip() for text in reasons for line in text.splitlines() if line[:1] == " "]
-        return "; ".join(dict.fromkeys(lines)) or " ".join(first.split())
-    return ""
+        reason = " ".join(str(error).split("because:")[-1].split())[:200]
+        kind = f"{str(dtype).removeprefix('torch.')} and heads of {width} channels"
+        raise UserError(
+            f"attention={name} has no kernel for {kind} ({reason}): use attention=auto"
+        ) from None
 
 
 def open_cuda_12():
-    """Load libcudart.so.12, which xFormers' kernels need; PyTorch may have come with another CUDA.
+    """Load libcudart.so.12 of the package nvidia-cuda-runtime-cu12, for xFormers' kernels.
 
-    It is in the package nvidia-cuda-runtime-cu12 (requirements.txt). A library that is loaded
-    already needs no LD_LIBRARY_PATH to be found.
+    PyTorch may have brought another CUDA. What is loaded already needs no LD_LIBRARY_PATH.
     """
     with contextlib.suppress(importlib.metadata.PackageNotFoundError):
         for file in importlib.metadata.files("nvidia-cuda-runtime-cu12") or ():

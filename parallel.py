@@ -211,18 +211,15 @@ def compiles(cfg):
     Raises UserError when it is asked for where it cannot.
     """
     cuda = pick_device(cfg.device).type == "cuda"
-    # Kernels become C++ (CPU) or are started by a C program that Triton makes (CUDA).
+    # Kernels are C++ (CPU), or are started by a C program that Triton makes (CUDA).
     compilers = ("CC", "gcc", "clang") if cuda else ("CXX", "g++", "clang++")
-    lacks = ""
-    if not any(shutil.which(os.environ.get(name, name)) for name in compilers):
-        lacks = f"{compilers[1]}, a compiler"
-    elif not Path(sysconfig.get_path("include"), "Python.h").exists():
-        lacks = "Python.h (python3-dev)"
-    elif cuda and not importlib.util.find_spec("triton"):
-        lacks = "the package triton"
-    if cfg.compile is True and lacks:
-        raise UserError(f"compile=true needs {lacks}: install it, or use compile=false")
-    return cfg.compile is True or (cfg.compile == "auto" and cuda and not lacks)
+    possible = any(shutil.which(os.environ.get(name, name)) for name in compilers)
+    possible &= Path(sysconfig.get_path("include"), "Python.h").exists()
+    possible &= not cuda or importlib.util.find_spec("triton") is not None
+    if cfg.compile is True and not possible:
+        needs = f"{compilers[1]} and Python.h (python3-dev)" + ", and triton" * cuda
+        raise UserError(f"compile=true needs {needs}: install them, or use compile=false")
+    return possible and cfg.compile in ((True, "auto") if cuda else (True,))
 
 
 def own_store():

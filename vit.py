@@ -19,15 +19,13 @@ Shapes:  B images of one crop size   N patches   T = 1 + registers + N tokens   
 """
 
 from dataclasses import asdict
-from functools import cache, partial
-from itertools import chain
-from typing import NamedTuple
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from attention import Packing, attend, pack
+from attention import attend, pack
 from config import UserError
 
 # name:        dim  depth  heads  ffn        The first three are ours, for small images; the others
@@ -172,28 +170,18 @@ class Block(nn.Module):
 
 
 def add_branch(x_MD, branch, packing, kept=None):
-    """x + branch(x) on packed tokens; with stochastic depth (`kept`) only for the kept images.
+    """x + branch(x) on packed tokens; with stochastic depth only for the kept images.
 
-    Dropped images are not computed at all: their rows stay as they are (DINOv2 section 5,
-    "Efficient stochastic depth").
+    kept  (packing, rows, place, scale) of the images to compute: rows (m,) are those of their
+          tokens; place (M,) says where a token is among these, scale (M, 1) is batch / kept, or 0
+          if it is dropped. Dropped images are not computed at all: their rows stay as they are
+          (DINOv2 section 5, "Efficient stochastic depth").
     """
     if kept is None:
         return x_MD + branch(x_MD, packing)
-    x_mD, x_MD = TakeRows.apply(x_MD, *kept.indices)
-    return AddRows.apply(x_MD, branch(x_mD, kept.packing), *kept.indices)
-
-
-class Kept(NamedTuple):
-    """The images that one branch computes.
-
-    packing  of their tokens alone
-    indices  rows (m,): where these tokens are among all M
-             place (M,): where a token is among the kept; any place if it is dropped
-             scale (M, 1): batch / kept, so that the mean is right; 0 if it is dropped
-    """
-
-    packing: Packing
-    indices: tuple
+    kept_packing, *indices = kept
+    x_mD, x_MD = TakeRows.apply(x_MD, *indices)
+    return AddRows.apply(x_MD, branch(x_mD, kept_packing), *indices)
 
 
 # Kept rows are all different, so nothing has to be summed up: forward and backward are gathers,
@@ -209,8 +197,8 @@ class TakeRows(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_mD, grad_MD):
         place_M, scale_M1 = ctx.saved_tensors
-        spread_MD, is_kept = grad_mD.index_select(0, place_M), (scale_M1 > 0).to(grad_mD.dtype)
-        return torch.addcmul(grad_MD, spread_MD, is_kept), None, None, None
+        spread_MD, kept_M1 = grad_mD.index_select(0, place_M), (scale_M1 > 0).to(grad_mD.dtype)
+        return torch.addcmul(grad_MD, spread_MD, kept_M1), None, None, None
 
 
 class AddRows(torch.autograd.Function):
@@ -384,10 +372,10 @@ class VisionTransformer(nn.Module):
         tokens = [self.prepare_tokens(c, m) for c, m in zip(crops, masks, strict=True)]
         groups = tuple(t.shape[:2] for t in tokens)
         x_MD = torch.cat([t.flatten(0, 1) for t in tokens])
-        packing = pack(groups, self.attention, x_MD)
+        packing = pack(groups, self.attention, x_MD.device, x_MD.dtype)
         if kept is None and self.training and any(self.drop_path):
             kept = self.draw_kept(groups, rng)
-        kept = kept and packed_rows(kept, packing, x_MD)
+        kept = kept and packed_rows(kept, packing, x_MD.device)
         for i, block in enumerate(self.blocks):
             # A rate of 0 needs no gathering: the plain path gives the same.
             x_MD = block(x_MD, packing, kept[i] if kept and self.drop_path[i] else (None, None))
@@ -423,8 +411,8 @@ class VisionTransformer(nn.Module):
         """
         wanted = range(self.depth - n, self.depth) if isinstance(n, int) else n
         tokens = self.prepare_tokens(x)
-        packing, rows = pack((tokens.shape[:2],), self.attention, tokens), x.shape[2] // self.patch
-        x_MD, layers = tokens.flatten(0, 1), []
+        packing = pack((tokens.shape[:2],), self.attention, x.device, x.dtype)
+        x_MD, layers, rows = tokens.flatten(0, 1), [], x.shape[2] // self.patch
         for i, block in enumerate(self.blocks):
             x_MD = block(x_MD, packing)
             if i in wanted:
@@ -437,49 +425,34 @@ class VisionTransformer(nn.Module):
         return tuple(layers)
 
 
-def packed_rows(kept, packing, x_MD):
-    """Turn kept images, as `draw_kept` returns them, into a Kept for each branch of each block.
+def packed_rows(kept, packing, device):
+    """Turn kept images into packed token rows: what `Block` takes as `kept`, for every block.
 
-    Numbers of images cross to the device in one go that nobody waits for, and become rows of tokens
-    there, for all branches of the step together.
+    All indices of the step go to the device in one copy that nobody waits for.
     """
-    pack_once = cache(partial(pack, backend=packing.backend, like=x_MD))
-    packings, rows, places, scales = [], [], [], []
-    for images in chain(*kept):
-        row = place = 0
-        for (B, T), image_k in zip(packing.groups, images, strict=True):
-            k = len(image_k)
-            place_B, scale_B = torch.zeros(B, dtype=torch.long), torch.zeros(B)
-            place_B[image_k] = torch.arange(place, place + k * T, T)
-            scale_B[image_k] = B / k
-            rows.append(torch.stack((row + image_k * T, torch.full_like(image_k, T))))
-            places.append(torch.stack((place_B, torch.full_like(place_B, T))))
-            scales.append(scale_B)
-            row, place = row + B * T, place + k * T
-        crops = zip(packing.groups, images, strict=True)
-        packings.append(pack_once(tuple((len(image_k), T) for (_, T), image_k in crops)))
+    drawn = [images for block in kept for branch in block for images in branch]
+    flat = torch.cat(drawn)
+    if device.type == "cuda":
+        flat = flat.pin_memory()
+    drawn = iter(flat.to(device, non_blocking=True).split([len(images) for images in drawn]))
+    crops, M = [], 0
+    for B, T in packing.groups:
+        crops.append((B, T, M + torch.arange(T, device=device)))  # the rows of its first image
+        M += B * T
 
-    def spread(first_and_length, total):
-        """The rows of all tokens: of each image `length`, from `first` on."""
-        first, length = to_device(torch.cat(first_and_length, dim=1), x_MD.device)
-        before = length.cumsum(0) - length
-        steps = torch.arange(total, device=x_MD.device)
-        return (first - before).repeat_interleave(length, output_size=total) + steps, length
+    def pack_branch():
+        rows, groups, scale_M1 = [], [], torch.zeros(M, 1, device=device)
+        for B, T, first_T in crops:
+            image_k = next(drawn)
+            rows.append((image_k.unsqueeze(1) * T + first_T).flatten())
+            scale_M1.index_fill_(0, rows[-1], B / len(image_k))
+            groups.append((len(image_k), T))
+        rows_m = torch.cat(rows)
+        place_m = torch.arange(len(rows_m), device=device)
+        place_M = torch.zeros(M, dtype=torch.long, device=device).index_copy_(0, rows_m, place_m)
+        return pack(groups, packing.backend, device), rows_m, place_M, scale_M1
 
-    sizes = [sum(k * T for k, T in each.groups) for each in packings]
-    total = len(packings) * len(x_MD)
-    row_m, _ = spread(rows, sum(sizes))
-    place_M, length = spread(places, total)
-    scale = to_device(torch.cat(scales), x_MD.device)
-    scale_M1 = scale.repeat_interleave(length, output_size=total).unsqueeze(1)
-    parts = row_m.split(sizes), place_M.split(len(x_MD)), scale_M1.split(len(x_MD))
-    flat = map(Kept, packings, zip(*parts, strict=True))
-    return [[next(flat) for _ in block] for block in kept]
-
-
-def to_device(x, device):
-    """A copy of a CPU tensor for which nobody waits."""
-    return (x.pin_memory() if device.type == "cuda" else x).to(device, non_blocking=True)
+    return [[pack_branch() for _ in block] for block in kept]
 
 
 @torch.no_grad()

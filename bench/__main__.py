@@ -185,7 +185,7 @@ def attention(cfg, device):
     qkv = torch.randn(shape, device=device).to(dtype_of(cfg)).requires_grad_()
 
     def run(backend, clock):
-        out = attend(qkv, pack(groups, backend, qkv))
+        out = attend(qkv, pack(groups, backend, device, qkv.dtype))
         clock.mark("forward")
         torch.autograd.grad(out.sum(), qkv)
         clock.mark("backward")

@@ -126,7 +126,8 @@ def attention_weights(net, pixels, layer):
     write down.
     """
     tokens = net.prepare_tokens(pixels)
-    packing, x = pack((tokens.shape[:2],), net.attention, tokens), tokens.flatten(0, 1)
+    packing = pack((tokens.shape[:2],), net.attention, pixels.device, pixels.dtype)
+    x = tokens.flatten(0, 1)
     for block in net.blocks[:layer]:
         x = block(x, packing)
     block = net.blocks[layer]

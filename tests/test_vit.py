@@ -181,8 +181,8 @@ def test_every_attention_path_of_this_machine_gives_the_plain_result(device, dty
         pytest.skip(str(error))
     groups = ((3, 5), (2, 90), (1, 1))  # short and long crops, and one alone
     qkv = torch.randn(196, 3, 2, 16, device=device, dtype=dtype)
-    expected = attend(qkv.float(), pack(groups, "plain", qkv))
-    got = attend(qkv, pack(groups, backend, qkv)).float()
+    expected = attend(qkv.float(), pack(groups, "plain", qkv.device))
+    got = attend(qkv, pack(groups, backend, qkv.device, dtype)).float()
     # fp32: the order of sums. bf16: values up to 3 carry 8 bits, so half a step is 0.008.
     close(got, expected, 2e-6 if dtype == torch.float32 else 2e-2)
 
@@ -234,7 +234,7 @@ def test_kept_images_get_their_residual_times_batch_over_kept():
     vit, images, prenorm = one_block()
     block, x = vit.blocks[0], vit.prepare_tokens(images)[3]
     out = prenorm(attn=[1, 3, 2], ffn=[3])[3]
-    packing = pack(((1, len(x)),), "plain", x)
+    packing = pack(((1, len(x)),), "plain", x.device)
     x = x + 4 / 3 * block.ls1.gamma * block.attn(block.norm1(x), packing)
     x = x + 4 / 1 * block.ls2.gamma * block.mlp(block.norm2(x))
     close(out, x, 1e-5)  # same numbers; other batch sizes in the matrix products
