@@ -12,6 +12,7 @@ import pathlib
 import numpy as np
 import pytest
 import torch
+import torch._dynamo
 
 import losses
 from losses import SoftmaxCentering, dino_loss, exponentials, ibot_loss, koleo_loss, sinkhorn_knopp
@@ -317,6 +318,26 @@ def test_gradients_of_half_precision_scores_survive_with_loss_scaling(dtype, ove
     (ibot_loss(score, target, weight, crops, overwrite=overwrite) * scale).backward()
     error = (score.grad - exact).norm() / exact.norm()
     assert error < 0.01  # a number of 8 bits is 0.2 % off
+
+
+def test_losses_compile_without_breaks_and_not_anew_for_each_batch_and_temperature(monkeypatch):
+    torch._dynamo.reset(), torch._dynamo.utils.counters.clear()
+    plain = {}
+    for compiled in (False, True):
+        for name in ("cross_entropies", "exponentials_of_rows", "scaled") if compiled else ():
+            function = getattr(losses, name).__wrapped__
+            compiled_one = torch.compile(function, dynamic=True, backend="aot_eager")
+            monkeypatch.setattr(losses, name, compiled_one)
+        g = torch.Generator().manual_seed(0)
+        for rows, temp in [(7, 0.04), (9, 0.05), (12, 0.06)]:
+            score = torch.randn(rows, 40, generator=g).bfloat16().requires_grad_()
+            target = sinkhorn_knopp(score.detach(), temp)
+            loss = ibot_loss(score, target.clone(), torch.ones(rows), 4, overwrite=True)
+            found = target, loss, torch.autograd.grad(loss, score)[0]
+            for got, expected in zip(found, plain.setdefault(rows, found), strict=True):
+                close(got, expected, 1e-6)
+    counters = torch._dynamo.utils.counters
+    assert not counters["graph_break"] and counters["stats"]["unique_graphs"] == 3
 
 
 # ---- KoLeo --------------------------------------------------------------------------------------

@@ -7,11 +7,13 @@ Run:  pytest tests/test_parallel.py            pytest -m slow tests/test_paralle
 """
 
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
+from importlib import metadata
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -29,6 +31,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.tensor import DTensor
 
+import attention
 import config
 import data
 import eval_knn
@@ -39,6 +42,7 @@ from dinov2 import build_network, ema_update, objective
 from losses import SoftmaxCentering, ibot_loss, koleo_loss, sinkhorn_knopp
 from optim import clip_each_part, schedules, set_schedule
 from parallel import (
+    compiles,
     dtype_of,
     process_group,
     ranks,
@@ -79,14 +83,15 @@ def tiny(folder, changes):
     words = [f"{key}={value}" for key, value in changes.items()]
     words += [f"out={folder}/{out}", f"data.root={folder}/images"]
     cfg = config.load(Path(folder, "tiny.yaml"), words)
-    cfg.vit.size = (32, 2, 2, "mlp")  # dim, depth, heads: smaller than any of the named ones
+    cfg.vit.size = (32, 2, 1, "mlp")  # dim, depth, heads: smaller than any of the named ones
     return cfg
 
 
 def train(folder, changes, steps=10, save_at=None, resume=False):
     """The loop of train.py; returns what happened, with whole tensors."""
     cfg = tiny(folder, changes)
-    student, teacher, centers, optimizer = build(cfg, CPU)
+    device = torch.device(cfg.device)
+    student, teacher, centers, optimizer = build(cfg, device)
     model, scaler = replicate(student, cfg), torch.amp.GradScaler("cpu", enabled=False)
     saved = Checkpoints(cfg, student, teacher, centers, optimizer, scaler)
     start, (rank, world) = saved.load() if resume else 0, ranks()
@@ -96,7 +101,7 @@ def train(folder, changes, steps=10, save_at=None, resume=False):
         now, rng = schedules(step, cfg), seeded(f"{step} {rank}")
         set_schedule(optimizer, now)
         micro = data.split(batch, cfg.accumulate)
-        micro = [to_device(part, cfg, CPU) for part in micro]
+        micro = [to_device(part, cfg, device) for part in micro]
         own = SimpleNamespace(model=model, teacher=teacher, centers=centers, cfg=cfg, scaler=scaler)
         (log,) = backward([own], own_teacher(own), micro, now, rng, False)
         finish_step(student, teacher, optimizer, cfg, now, log, run)
@@ -140,7 +145,7 @@ def golden_steps(folder, changes, case, split=False):
     for key, value in changes.items():
         setattr(cfg, key, value)
     cfg.loss.koleo_all_ranks = split
-    student, teacher, centers, optimizer = build(cfg, CPU)
+    student, teacher, centers, optimizer = build(cfg, torch.device(cfg.device))
     for name, network in {"student": student, "teacher": teacher}.items():
         set_model_state_dict(network, golden.part(z, f"initial/{name}/"), options=WHOLE)
     model, run = replicate(student, cfg), {"terms": [], "norms": []}
@@ -150,13 +155,22 @@ def golden_steps(folder, changes, case, split=False):
         if split:  # there are no colours to split; anything of that many rows will do
             batch = batch._replace(global_colour=batch.masks, local_colour=batch.local_crops)
             batch = data.split(batch, ranks()[1])[ranks()[0]]
+        batch = on_device(batch, cfg)
         kept = golden.kept_images(z, i)
         loss, log = objective(model, teacher, centers, batch, now.teacher_temp, cfg.loss, kept=kept)
         loss.backward()
         if i == 0:
-            run["grads"] = {n: whole(p.grad).clone() for n, p in student.named_parameters()}
+            run["grads"] = {n: whole(p.grad).cpu().clone() for n, p in student.named_parameters()}
         finish_step(student, teacher, optimizer, cfg, now, log, run)
     return run | whole_state(student, teacher) | {"centers": centers.state_dict()}
+
+
+def on_device(batch, cfg):
+    """A stored batch where the training is, its crops in the precision of the training."""
+    moved = {k: v.to(cfg.device) for k, v in batch._asdict().items() if torch.is_tensor(v)}
+    for crops in ("global_crops", "local_crops"):
+        moved[crops] = moved[crops].to(dtype_of(cfg))
+    return batch._replace(**moved)
 
 
 def loss_functions(folder, changes):
@@ -545,6 +559,52 @@ def test_xformers_that_is_not_installed_is_named_with_the_remedy(monkeypatch):
     monkeypatch.setitem(sys.modules, "xformers", None)  # import then fails as if it was missing
     with pytest.raises(UserError, match=r"attention=xformers: .* pip install xformers"):
         check_backend("xformers", torch.device("cuda"), torch.bfloat16)
+
+
+XFORMERS_SAYS = """No operator found for `memory_efficient_attention_forward` with inputs:
+     query       : shape=(1, 2, 1, 16) (torch.bfloat16)
+`fa2F@0.0.0` is not supported because:
+    xFormers wasn't build with CUDA support
+`cutlassF-pt` is not supported because:
+    xFormers wasn't build with CUDA support
+    operator wasn't built - see `python -m xformers.info` for more info"""
+
+
+def test_xformers_without_kernels_says_in_one_line_what_is_missing(monkeypatch):
+    def refuse(*_):
+        raise NotImplementedError(XFORMERS_SAYS)
+
+    monkeypatch.setattr(attention, "pack", refuse)
+    with pytest.raises(UserError) as error:
+        check_backend("xformers", torch.device("cuda"), torch.bfloat16, 16)
+    said = str(error.value)
+    assert "no kernel for bfloat16 and heads of 16 channels (xFormers wasn't build with" in said
+    assert said.endswith("use attention=auto") and "\n" not in said
+
+
+def test_the_cuda_library_of_xformers_is_loaded_from_where_pip_put_it(monkeypatch):
+    loaded, files = [], ["nvidia/cuda_runtime/__init__.py", "nvidia/cuda_runtime/libcudart.so.12"]
+    installed = [metadata.PackagePath(file) for file in files]
+    for file in installed:
+        file.dist = SimpleNamespace(locate_file=lambda path: Path("/site", path))
+    monkeypatch.setattr(metadata, "files", lambda name: installed)
+    monkeypatch.setattr(attention.ctypes, "CDLL", loaded.append)
+    attention.open_cuda_12()
+    assert loaded == ["/site/nvidia/cuda_runtime/libcudart.so.12"]
+
+
+@pytest.mark.parametrize("asked, on_cpu", [("auto", False), ("true", True), ("false", False)])
+def test_compile_auto_is_for_gpus(folder, asked, on_cpu):
+    assert compiles(tiny(folder, {"compile": asked})) is on_cpu
+
+
+def test_compiling_without_a_compiler_is_refused_in_one_line_and_not_done_by_itself(
+    folder, monkeypatch
+):
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    assert not compiles(tiny(folder, {"compile": "auto"}))
+    with pytest.raises(UserError, match=r"compile=true needs g\+\+ and .*, or use compile=false"):
+        compiles(tiny(folder, {"compile": "true"}))
 
 
 def complain(rank, world, port, words, folder):

@@ -16,10 +16,11 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+import torch._dynamo
 
-from attention import attend, check_backend, pack, plain_attention
+from attention import SplitCrops, attend, check_backend, pack, plain_attention, split_crops
 from config import UserError, from_dict, to_dict
-from vit import SIZES, VisionTransformer, build_backbone
+from vit import SIZES, Linear, VisionTransformer, add_branch, build_backbone, packed_rows
 from weights.load import load_backbone
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
@@ -180,7 +181,7 @@ def test_every_attention_path_of_this_machine_gives_the_plain_result(device, dty
     except UserError as error:
         pytest.skip(str(error))
     groups = ((3, 5), (2, 90), (1, 1))  # short and long crops, and one alone
-    qkv = torch.randn(196, 3, 2, 16, device=device, dtype=dtype)
+    qkv = torch.randn(196, 3, 2, 32, device=device, dtype=dtype)  # xFormers refuses heads of 16
     expected = attend(qkv.float(), pack(groups, "plain", qkv.device))
     got = attend(qkv, pack(groups, backend, qkv.device, dtype)).float()
     # fp32: the order of sums. bf16: values up to 3 carry 8 bits, so half a step is 0.008.
@@ -195,6 +196,17 @@ def test_plain_attention_is_the_textbook_formula():
         for j in range(4):
             expected[i] += weights[j] / sum(weights) * v[0, 0, j]
     close(plain_attention(q, k, v)[0, 0], expected, 1e-14)
+
+
+def test_gradients_of_q_k_and_v_in_one_copy_are_those_of_pytorch():
+    groups, total = ((3, 5), (2, 4)), 23
+    qkv = torch.randn(total, 3, 2, 8, requires_grad=True)
+    weights = [torch.randn_like(x) for x in split_crops(qkv, groups)]
+    grads = []
+    for split in (split_crops, SplitCrops.apply):
+        out = sum((w * x).sum() for w, x in zip(weights, split(qkv, groups), strict=True))
+        grads += torch.autograd.grad(out, qkv)
+    assert torch.equal(*grads)
 
 
 def test_an_attention_path_that_cannot_run_here_is_refused_with_a_way_out():
@@ -238,6 +250,58 @@ def test_kept_images_get_their_residual_times_batch_over_kept():
     x = x + 4 / 3 * block.ls1.gamma * block.attn(block.norm1(x), packing)
     x = x + 4 / 1 * block.ls2.gamma * block.mlp(block.norm2(x))
     close(out, x, 1e-5)  # same numbers; other batch sizes in the matrix products
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_gathers_of_kept_rows_are_a_sum_into_these_rows(dtype):
+    packing = pack(((4, 3), (5, 2)), "plain", torch.device("cpu"))
+    kept = [torch.tensor([2, 0, 3]), torch.tensor([4, 1])]
+    [[given]] = packed_rows([[kept]], packing, torch.device("cpu"))
+    rows, scale = given[1], given[3].to(dtype)
+    x, weight = torch.randn(22, 8, dtype=dtype), torch.randn(8, 8, dtype=dtype)
+    grads, outs, target = [], [], torch.randn(22, 8, dtype=dtype)
+    for fast in (True, False):
+        x.requires_grad_(), weight.requires_grad_()
+        if fast:
+            out = add_branch(x, lambda x, _: (x @ weight).sin(), packing, given)
+        else:
+            out = x.index_add(0, rows, scale[rows] * (x[rows] @ weight).sin())
+        outs.append(out)
+        grads.append(torch.autograd.grad((out * target).sum(), (x, weight)))
+    assert rows.tolist() == [6, 7, 8, 0, 1, 2, 9, 10, 11, 20, 21, 14, 15]
+    for got, expected in zip((outs[0], *grads[0]), (outs[1], *grads[1]), strict=True):
+        # scale is fp32: 4/3 and 5/2. In bf16 the sums have 8 bits, and values reach 30.
+        close(got.double(), expected.double(), 1e-6 if dtype == torch.float64 else 0.2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_layerscale_inside_the_matrix_is_layerscale_behind_it(dtype):
+    layer, x = Linear(64, 48), torch.randn(10, 64).to(dtype)
+    gamma = torch.full((48,), 1e-5, requires_grad=True)
+    sides = layer(x, gamma), gamma.to(dtype) * layer(x)
+    grads = [torch.autograd.grad(y.float().sum(), (layer.weight, gamma)) for y in sides]
+    for got, expected in zip((sides[0], *grads[0]), (sides[1], *grads[1]), strict=True):
+        assert expected.any()  # in fp16 gamma * weight alone would be 0
+        error = (got - expected).float().norm() / expected.float().norm()
+        assert error < (1e-6 if dtype == torch.float32 else 0.02)  # 8 bits: 0.4 % a rounding
+
+
+def test_blocks_compile_without_breaks_and_once_for_student_and_teacher_each():
+    torch._dynamo.reset(), torch._dynamo.utils.counters.clear()
+    student = awake(VisionTransformer((32, 3, 2, "mlp"), 4, 16, drop_path=0.4)).train()
+    teacher = awake(VisionTransformer((32, 3, 2, "mlp"), 4, 16)).eval()
+    crops = [torch.randn(6, 3, 16, 16), torch.randn(9, 3, 8, 8)]
+    plain = student(crops, is_training=True, rng=torch.Generator().manual_seed(2))
+    for block in (*student.blocks, *teacher.blocks):
+        block.compile(backend="eager")  # which traces, and runs what it has traced
+    for seed in range(3):
+        with torch.no_grad():
+            teacher(crops[0])
+        out = student(crops, is_training=True, rng=torch.Generator().manual_seed(seed))
+        sum(o["x_norm_clstoken"].sum() for o in out).backward()
+    assert torch.equal(out[1]["x_prenorm"], plain[1]["x_prenorm"])
+    counters = torch._dynamo.utils.counters
+    assert not counters["graph_break"] and counters["stats"]["unique_graphs"] == 2
 
 
 @torch.no_grad()
