@@ -9,9 +9,6 @@ one result:
     varlen    PyTorch's variable-length kernel, one call for all crops (CUDA, bf16 or fp16)
     xformers  xFormers' kernel with a block-diagonal mask, one call for all crops (CUDA)
 
-What a kernel must be told of the crops is made once for a batch (`pack`), outside of what
-torch.compile traces, and handed down.
-
 Shapes:  M tokens of all crops   H heads   E channels per head
          B crops of one size   T tokens of each
 """
@@ -30,7 +27,7 @@ from config import UserError
 
 
 class Packing(NamedTuple):
-    """How crops lie in the row of tokens, and what keeps them apart."""
+    """How crops lie in the row of tokens: made once for a batch, outside of what is compiled."""
 
     groups: tuple  # (B, T) for each crop size, in the order in which the tokens are packed
     backend: str
@@ -127,9 +124,8 @@ def block_diagonal(groups, device):
 def fastest(device, dtype):
     """The backend that `auto` stands for; `python -m bench attention` measures them all.
 
-    In bf16 on a CPU, forward and backward of the fused kernel took 2 to 12 times as long as plain
-    attention for 17 to 785 tokens (AMD Zen 5, PyTorch 2.13); in fp32 plain attention took up to 1.3
-    times as long. On an H100 the fused kernel, varlen and xformers are within 10 % of each other.
+    In bf16 on a CPU the fused kernel took 2 to 12 times as long as plain attention for 17 to 785
+    tokens (AMD Zen 5, PyTorch 2.13). On an H100 sdpa, varlen and xformers are within 10 %.
     """
     return "plain" if device.type == "cpu" and dtype == torch.bfloat16 else "sdpa"
 
@@ -152,10 +148,8 @@ def check_backend(name, device, dtype, width=64):
         raise UserError(f"attention={name}: {error}; pip install {name}") from None
     except (RuntimeError, ValueError) as error:
         reason = " ".join(str(error).split("because:")[-1].split())[:200]
-        kind = f"{str(dtype).removeprefix('torch.')} and heads of {width} channels"
-        raise UserError(
-            f"attention={name} has no kernel for {kind} ({reason}): use attention=auto"
-        ) from None
+        kind = f"{str(dtype)[6:]} and heads of {width} channels ({reason})"
+        raise UserError(f"attention={name} has no kernel for {kind}: use attention=auto") from None
 
 
 def open_cuda_12():

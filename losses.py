@@ -22,14 +22,11 @@ from parallel import gather_from_ranks, max_over_ranks, sum_over_ranks
 
 
 def one_pass(function):
-    """Compile a function of large tensors if its first one is on a GPU: one kernel for its lines.
+    """Compile a function if its first tensor is on a GPU: few passes over memory for many lines.
 
     Numbers that change from step to step must be tensors, or each would be compiled anew.
     """
-
-    @functools.cache
-    def compiled():
-        return torch.compile(function, dynamic=True)
+    compiled = functools.cache(lambda: torch.compile(function, dynamic=True))
 
     @functools.wraps(function)
     def call(x, *others):
@@ -55,11 +52,6 @@ def sinkhorn_knopp(score_NK, temp, iterations=3):
     for _ in range(iterations):
         column_K = N / (K * sum_over_ranks(torch.mv(Q_NK.T, row_N)))  # mv is fp32, mm may be TF32
         row_N = 1 / (Q_NK @ column_K)
-    return scaled(Q_NK, column_K, row_N)
-
-
-@one_pass
-def scaled(Q_NK, column_K, row_N):
     return Q_NK.mul_(column_K).mul_(row_N.unsqueeze(1))
 
 
