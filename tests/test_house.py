@@ -95,7 +95,7 @@ def lines(names):
 def test_the_root_holds_the_method_and_little_else():
     root = [name for name in FILES if "." not in name]
     print(f"\nroot: {len(root)} files, {lines(root):,} lines")
-    assert len(root) <= 14 and lines(root) <= 3825
+    assert len(root) <= 14 and lines(root) <= 3860
 
 
 def test_training_loads_little_and_no_tools():
@@ -110,7 +110,7 @@ def test_training_loads_little_and_no_tools():
 
 def test_all_tools_together_stay_readable():
     print(f"\nall but tests and scripts: {len(FILES)} files, {lines(FILES):,} lines")
-    assert lines(FILES) <= 11460
+    assert lines(FILES) <= 11600
 
 
 def test_no_room_hides_a_package_of_python_or_of_ours():
