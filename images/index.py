@@ -114,8 +114,15 @@ def cached(key, build, again=False):
 
 
 def stamps(paths):
-    status = [os.stat(path) for path in paths]
-    return [[s.st_mtime_ns, s.st_size] for s in status]
+    """Time of change and size of each file; zeros for one that is not there."""
+    found = []
+    for path in paths:
+        try:
+            status = os.stat(path)
+            found.append([status.st_mtime_ns, status.st_size])
+        except OSError:
+            found.append([0, 0])
+    return found
 
 
 # ---- folders ------------------------------------------------------------------------------------

@@ -103,16 +103,6 @@ def test_retrieval_gives_each_query_its_share_and_no_image_twice():
     assert set(chosen) == set((query.mean(0) @ pool.T).topk(12).indices.tolist())
 
 
-def test_whole_clusters_need_votes():
-    corner = torch.eye(4)
-    pool = F.normalize(corner.repeat_interleave(10, 0) + 0.05 * torch.randn(40, 4), dim=1)
-    query = corner[[0, 0, 0, 1, 1, 1, 2]]
-    centre, at = curate.kmeans(pool, 4)
-    assert centre.shape == (4, 4) and len(at.unique()) == 4
-    chosen = curate.whole_clusters(query, pool, 4, votes=3)
-    assert sorted(chosen) == list(range(20))
-
-
 # ---- the command --------------------------------------------------------------------------------
 
 
@@ -145,41 +135,27 @@ def test_what_an_evaluation_set_shows_goes_with_all_its_copies(pool, backbone, t
     assert fates["flip.png"]["because of"] == "x.png" and report["kept"] == 11
 
 
-@pytest.mark.parametrize("words", [["keep=2"], ["clusters=3", "votes=1"]])
-def test_each_image_has_one_fate_and_the_list_holds_the_kept_ones(pool, backbone, tmp_path, words):
+def test_each_image_has_one_fate_and_the_list_holds_the_kept_ones(pool, backbone, tmp_path):
     (tmp_path / "good").mkdir()
     photo(50).save(tmp_path / "good" / "g.png")
-    fates, report, out = command(pool, backbone, f"curated={tmp_path / 'good'}", *words)
+    fates, report, out = command(pool, backbone, f"curated={tmp_path / 'good'}", "keep=2")
     kept = {n for n, r in fates.items() if r["fate"] == "kept"}
     assert len(fates) == report["pool"] == 16 and report["kept"] == len(kept)
     assert {os.path.basename(p) for p in (out / "list.txt").read_text().split()} == kept
-    assert len(kept) == 2 or ("clusters=3" in words and kept)
+    assert len(kept) == 2
     assert all(fates[n]["because of"] == "g.png" for n in kept)
 
 
-def test_an_interrupted_command_goes_on_and_a_changed_pool_starts_again(pool, backbone):
-    _, before, out = command(pool, backbone)
-    state, features = (
-        json.loads((out / "pool.json").read_text()),
-        np.load(out / "pool.features.npy"),
-    )
-    half = np.lib.format.open_memmap(out / "pool.features.npy", "r+")
-    half[8:] = 0
-    half[0] = features[0]
-    (out / "pool.json").write_text(json.dumps([*state[:-1], 8]))
-    assert command(pool, backbone)[1] == before
-    torch.testing.assert_close(
-        torch.tensor(np.load(out / "pool.features.npy")), torch.tensor(features)
-    )
+def test_features_are_made_once_and_a_changed_pool_has_new_ones(pool, backbone, monkeypatch):
+    _, before, _ = command(pool, backbone)
+    with monkeypatch.context() as patch:
+        patch.setattr(curate, "embed", None)
+        assert command(pool, backbone)[1] == before
+        with pytest.raises(TypeError):
+            command(pool, backbone, "size=64")
+    photo(40).save(pool / "a03.png")  # the same name, another image
     shutil.copy(pool / "a03.png", pool / "b.png")
     assert command(pool, backbone)[0]["b.png"]["because of"] == "a03.png"
-
-
-def test_features_of_another_size_are_not_used_again(pool, backbone):
-    _, _, out = command(pool, backbone)
-    small = np.load(out / "pool.features.npy")
-    command(pool, backbone, "size=64")
-    assert not np.allclose(np.load(out / "pool.features.npy"), small, atol=1e-3)
 
 
 BAD = [
@@ -190,7 +166,6 @@ BAD = [
     (["backbone={b}", "out={o}", "kept=3"], "kept=3: unknown"),
     (["backbone={b}", "out={o}", "keep=many"], "keep must be a whole number, got many"),
     (["backbone={b}", "out={o}", "likeness=7"], "must be from 0 to 1"),
-    (["backbone={b}", "out={o}", "curated={p}", "clusters=50"], "clusters=50 are more than the"),
     (["backbone={b}", "out={o}", "size=50"], "size=50 is not a multiple of 8 px"),
     (["backbone={b}", "out={p}/a00.png/x"], "cannot be written"),
 ]
