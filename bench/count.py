@@ -38,7 +38,6 @@ PARTS = {
     ".attn": "attention",
     ".mlp": "feed-forward",
     ".norm": "norms",
-    ".ls": "LayerScale",
     ".blocks": "residual sums",
     "backbone": "tokens",
 }

@@ -177,7 +177,7 @@ def test_an_operation_moves_what_its_kernel_reads_and_writes(work, moved, flops)
 def test_every_operation_belongs_to_a_part_forward_and_backward():
     made = planned(1, "vit.drop_path=0.5", "loss.centering=sinkhorn", "precision=bf16")
     parts = plan.by_part(made.operations, plan.GPUS["h100"])
-    told = {"heads", "attention", "feed-forward", "norms", "LayerScale", "residual sums", "tokens"}
+    told = {"heads", "attention", "feed-forward", "norms", "residual sums", "tokens"}
     told |= {"stochastic depth", "casts", "losses", "clipping", "optimiser", "EMA", "all"}
     assert parts.keys() == told
     # The matrices of a feed-forward layer are 8 D^2 of the 12 D^2 of a block.
