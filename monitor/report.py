@@ -8,10 +8,7 @@ import contextlib
 import json
 import math
 import os
-import platform
-import shutil
 import sys
-import textwrap
 import time
 from pathlib import Path
 
@@ -19,20 +16,14 @@ import torch
 from tqdm import tqdm
 
 import data
-import dinov2
-from attention import fastest
 from config import UserError, dump, replace_text, to_dict, writing
-from optim import scaled_lr
+from monitor.card import device_name, start_card
 from parallel import (
-    compiles,
-    dtype_of,
     lists_of_ranks,
-    multiplies_bf16,
     ranks,
     sum_over_ranks,
 )
 
-NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 ELSEWHERE = "set out= to another place"
 TERMS = ("dino_global", "dino_local", "ibot", "koleo")
 FLOORS = {
@@ -296,97 +287,7 @@ def belongs_before(line, start):
     return line["step"] < start or (line["step"] == start and "loss" in line)
 
 
-# ---- at the start --------------------------------------------------------------------------------
-
-
-def start_card(cfg, source, held_out, student, device, start):
-    """Everything one asks before a long run, on one screen."""
-    c, world, K = cfg.crops, ranks()[1], cfg.head.prototypes
-    attention = cfg.attention
-    if attention == "auto":
-        attention += f" ({fastest(device, dtype_of(cfg))})"
-    parts = {
-        name: sum(p.numel() for p in part.parameters()) for name, part in student.named_children()
-    }
-    values = dinov2.start_values(cfg)
-    rows = {
-        "device": f"{device} ({device_name(device)}), {NAMES[dtype_of(cfg)]}, "
-        f"{counted(world, 'process', 'processes')}, parallel={cfg.parallel}, attention={attention}",
-        "images": f"{len(source):,} from {cfg.data.root}, {classes_of(source)}",
-        "left out": ", ".join(f"{n:,} {why}" for why, n in getattr(source, "left_out", {}).items()),
-        "k-NN": knn_words(cfg, held_out),
-        "network": f"{cfg.vit.size}/{cfg.vit.patch}: "
-        + ", ".join(f"{name} {count / 1e6:.2f} M" for name, count in parts.items())
-        + " parameters",
-        "teacher": f"{cfg.distill.teacher}, frozen; iBOT on {cfg.distill.tokens} patches"
-        if cfg.distill.teacher
-        else "",
-        "batch": f"{cfg.batch} images x (2 crops of {c.global_size} px + {c.local_count} of "
-        f"{c.local_size} px)",
-        "steps": f"{start:,} to {cfg.steps:,}, {cfg.steps * cfg.batch / len(source):.1f} epochs",
-        "lr": f"{scaled_lr(cfg.optim.lr, cfg.batch):.2e} at its peak (optim.lr={cfg.optim.lr:g} x "
-        f"sqrt({cfg.batch} / 1024))",
-        "loss": "an untrained network starts near "
-        + ", ".join(f"{name} {value:.3f}" for name, value in values.items())
-        + f" (K = {K:,}, ln K = {math.log(K):.2f})",
-        "output": f"{cfg.out}/ (log.jsonl, summary.json, teacher.pt, checkpoints/, pictures)",
-        "note": "; ".join(notes(cfg, device)),
-    }
-    title = f"nanoDINOv2 continues after step {start:,}" if start else "nanoDINOv2 starts"
-    width = max(shutil.get_terminal_size((100, 24)).columns, 60)
-    layout = textwrap.TextWrapper(
-        width, subsequent_indent=" " * 11, break_long_words=False, break_on_hyphens=False
-    )
-    rows = [layout.fill(f"  {name:<9}{text}") for name, text in rows.items() if text]
-    return "\n".join([title, *rows])
-
-
-def counted(number, one, many):
-    return f"{number:,} {one if number == 1 else many}"
-
-
-def classes_of(source):
-    """How many classes there are, and their names where few: folders of albums are no classes."""
-    names = source.classes
-    if not names:
-        return "no labels"
-    few = f" ({', '.join(map(str, names))})" if len(names) <= 8 else ""
-    return counted(len(names), "class", "classes") + few
-
-
-def knn_words(cfg, held_out):
-    if not held_out:
-        wanted = cfg.log.knn
-        return "none, for want of labelled held-out images (data.val)" if wanted else "off"
-    count = len(held_out[1])
-    few = f"; few: each is {100 / count:.1f} points" if count < 100 else ""
-    return f"of {count:,} held-out images among {len(held_out[0]):,} labelled ones{few}"
-
-
-def notes(cfg, device):
-    """What a user should know of this combination of keys."""
-    a, slow = cfg.augment, cfg.precision == "bf16" and not multiplies_bf16(device)
-    if slow:
-        yield "this device has no bf16 matrix products: precision=auto is far faster"
-    if cfg.data.channels != 3:
-        yield f"{cfg.data.channels} channels: colour changes need RGB and are left out"
-    elif cfg.data.root != "synthetic" and not any([a.jitter, a.grey, *a.blur, *a.solarize]):
-        yield (
-            "augment.* leaves all colours as they are, which photographs should not have: for "
-            "those start from configs/imagenette.yaml"
-        )
-    if compiles(cfg):
-        yield "the first step compiles the network, which takes up to a minute (compile=false: not)"
-    if cfg.optim.warmup > cfg.steps:
-        yield "the lr never reaches its peak: optim.warmup is longer than the run"
-
-
-def device_name(device):
-    """The product behind a torch.device."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    threads = torch.get_num_threads()
-    return f"{platform.machine()}, {threads} thread{'s' * (threads > 1)}"
+# ---- tools --------------------------------------------------------------------------------------
 
 
 def peak_memory(device):

@@ -23,7 +23,7 @@ import data
 import dinov2
 import train
 from config import Config
-from monitor import report, results
+from monitor import card, report, results
 
 TERMS = ["dino_global", "dino_local", "ibot", "koleo"]
 HEALTH = ["teacher_entropy", "prototypes_used", "koleo_distance", "rankme"]
@@ -81,14 +81,14 @@ def test_the_pictures_are_there(whole, name):
 
 
 def test_the_card_says_what_one_asks_before_a_long_run(whole):
-    card = " ".join(whole[1].split())
+    said = " ".join(whole[1].split())
     for text in [
         "cpu (", "1 thread)", "fp32", "1 process", "attention=auto (sdpa)", "30 from",
         "2 classes (dark, light)", "10 held-out", "few: each is 10.0 points", "nano/8", "backbone",
         "dino_head", "0 to 12", "3.54e-04 at its peak", "8 images x (2 crops of 16 px + 2 of 8 px)",
         "an untrained network starts near dino_global", "ln K = 3.47", str(whole[0]),
     ]:  # fmt: skip
-        assert text in card, text
+        assert text in said, text
 
 
 def test_pixels_that_would_fill_the_memory_are_no_floor(monkeypatch):
@@ -106,8 +106,8 @@ def test_the_card_says_that_a_learning_rate_never_reaches_its_peak():
     cfg.data.root = "synthetic"
     for steps, said in [(20, True), (200, False)]:
         cfg.steps, cfg.optim.warmup = steps, 100
-        card = report.start_card(cfg, Images([0]), None, nn.Sequential(), torch.device("cpu"), 0)
-        assert ("never reaches its peak: optim.warmup" in " ".join(card.split())) == said
+        told = card.start_card(cfg, Images([0]), None, nn.Sequential(), torch.device("cpu"), 0)
+        assert ("never reaches its peak: optim.warmup" in " ".join(told.split())) == said
 
 
 LINE = (
@@ -261,7 +261,7 @@ def test_an_untrained_network_starts_where_the_card_says(word, near):
 def test_photographs_whose_colours_stay_are_noted():
     def notes(*words):
         cfg = config.load(ROOT / "config.yaml", words)
-        return " ".join(report.notes(cfg, torch.device("cpu")))
+        return " ".join(card.notes(cfg, torch.device("cpu")))
 
     assert "start from configs/imagenette.yaml" in notes("data.root=/photos")
     assert not notes() and not notes("data.root=/photos", "augment.jitter=0.8")
