@@ -34,9 +34,9 @@ from pathlib import Path
 
 import torch
 
-import data
 from config import UserError, report_errors
 from dinov2 import ask_teacher, build_network, ibot_prototypes
+from images.sources import open_source
 from parallel import process_group, wrap
 from train import Run, follow, print_once, train_heads
 from vit import SIZES
@@ -55,8 +55,10 @@ def main(argv):
 
 def distill(cfg, students, device):
     """Train a student for each Config in `students`, on the same batches."""
-    source = data.open_source(cfg.data.root, cfg, "train")
-    held_out = data.evaluation_images(cfg)
+    from images.evaluation import evaluation_images
+
+    source = open_source(cfg.data.root, cfg, "train")
+    held_out = evaluation_images(cfg)
     teacher = open_teacher(cfg, device)
     runs = [Run(each, device, source) for each in students]
     for run in runs:

@@ -24,8 +24,8 @@ import torch
 import torch.nn.functional as F
 
 import config
-import data
 from config import UserError
+from images import evaluation
 from images.sources import read_or_next
 from parallel import (
     counted,
@@ -59,7 +59,7 @@ def extract(network, source, cfg, device, what="features", keep=None):
     # no_grad, not inference_mode: sharded weights are gathered into tensors that training uses too.
     features, labels = [], []
     rank, world = ranks()
-    batches = data.evaluation_batches(source, cfg, device=device, rank=rank, world=world)
+    batches = evaluation.evaluation_batches(source, cfg, device=device, rank=rank, world=world)
     with progress(total=len(source), desc=what, unit=" images") as bar:
         for image_BCHW, label_B in batches:
             x_BD = network(image_BCHW.to(dtype_of(cfg)))
@@ -77,7 +77,7 @@ def extract_features(backbone, *more, **options):
 
 def tell_damaged(source, label_N):
     """Say how many images cannot be read, and name the first with the reason."""
-    rows = (label_N == data.DAMAGED).nonzero().flatten().tolist()
+    rows = (label_N == evaluation.DAMAGED).nonzero().flatten().tolist()
     if rows:
         first, *_ = [*read_or_next(source, rows[0])[2], source.name(rows[0])]
         warn_once(f"{counted(len(rows), 'damaged image')} left out, the first: {first}")
@@ -313,7 +313,7 @@ def settle(cfg, words, backbone, title, batch=0):
 
 def labelled_images(cfg):
     """(training images, test images); UserError if there are no labels."""
-    sources = data.labelled_images(cfg)
+    sources = evaluation.labelled_images(cfg)
     if sources is None:
         raise UserError(
             f"data.root={cfg.data.root}: fewer than two classes; give a folder with a sub-folder "

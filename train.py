@@ -35,6 +35,7 @@ import data
 from augment import colour
 from config import UserError, report_errors
 from dinov2 import ask_teacher, build_centers, build_network, ema_update, teach_student
+from images.sources import open_source
 from monitor.watch import Watch
 from optim import clip_each_part, compress, forget_moments, param_groups, schedules, set_schedule
 from parallel import (
@@ -220,8 +221,10 @@ def train_heads(cfg, device):
 
 def train(cfg, device):
     """One run, from opening its images to its report."""
-    source = data.open_source(cfg.data.root, cfg, "train")
-    held_out = data.evaluation_images(cfg)
+    from images.evaluation import evaluation_images
+
+    source = open_source(cfg.data.root, cfg, "train")
+    held_out = evaluation_images(cfg)
     run = Run(cfg, device, source)
     if words := run.finished():
         return print_once(words)

@@ -164,9 +164,10 @@ class Block(nn.Module):
         return self.mlp(self.norm2(x), self.ls2.gamma)
 
     def forward(self, x, packing, kept=(None, None)):
-        # Ablation: drop kept[0] and kept[1] here to train without stochastic depth.
-        x = add_branch(x, self.attention_branch, packing, kept[0])
-        return add_branch(x, self.feed_forward_branch, packing, kept[1])
+        # Ablation: `first = second = None` trains without stochastic depth.
+        first, second = kept
+        x = add_branch(x, self.attention_branch, packing, first)
+        return add_branch(x, self.feed_forward_branch, packing, second)
 
 
 def add_branch(x_MD, branch, packing, kept=None):

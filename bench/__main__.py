@@ -37,9 +37,10 @@ from bench import rows
 from bench.measure import Work, longest, measure, save, table
 from bench.plan import plan_step
 from config import UserError
-from data import loader, open_source
+from data import loader
 from dinov2 import LARGE_CROPS, Output, build_centers, ema_update, objective
 from images.reader import read_image
+from images.sources import open_source
 from optim import clip_each_part, schedules, set_schedule
 from parallel import check_launch, dtype_of, pick_device
 from train import build, to_device

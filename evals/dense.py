@@ -25,11 +25,10 @@ import torch.nn.functional as F
 from PIL import Image
 
 import config
-import data
 from config import UserError
 from eval_knn import KEYS, knn_probabilities, open_network, untrained
 from evals.logistic import logistic_path, penalties
-from images import synthetic
+from images import evaluation, synthetic
 from images.held_out import divide
 from images.reader import EXTENSIONS, read_image
 from parallel import counted, dtype_of, pick_device, progress, warn
@@ -131,9 +130,10 @@ def patch_tokens(backbone, image, size, cfg, device):
     patch, short = cfg.vit.patch, min(pixels_HWC.shape[:2])
     scale = min(size / short, 1)
     h, w = (max(round(side * scale / patch), 1) for side in pixels_HWC.shape[:2])
-    x_CHW = torch.tensor(data.resize(pixels_HWC, h * patch, w * patch)).permute(2, 0, 1)
-    x_BCHW = data.normalised(x_CHW, cfg.data.mean, cfg.data.std)[None].to(device, dtype_of(cfg))
-    return backbone.forward_features(x_BCHW)["x_norm_patchtokens"][0].float().unflatten(0, (h, w))
+    x_CHW = torch.tensor(evaluation.resize(pixels_HWC, h * patch, w * patch)).permute(2, 0, 1)
+    x_CHW = evaluation.normalised(x_CHW, cfg.data.mean, cfg.data.std).to(device, dtype_of(cfg))
+    (x_ND,) = backbone.forward_features(x_CHW[None])["x_norm_patchtokens"]
+    return x_ND.float().unflatten(0, (h, w))
 
 
 def patch_classes(classes_HW, h, w, classes, fine=16):

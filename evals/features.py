@@ -19,9 +19,9 @@ import torch
 
 import config
 from config import UserError
-from data import DAMAGED
 from eval_knn import KEYS, extract, open_network, tell_damaged
 from evals.cache import chunks
+from images.evaluation import DAMAGED
 from images.sources import open_source
 from parallel import pick_device
 

@@ -24,6 +24,7 @@ import augment
 import data
 import eval_knn
 from config import UserError
+from images import evaluation
 from images.held_out import UNKNOWN, Part, divide
 from images.sources import Files, open_source, read_or_next
 
@@ -53,7 +54,7 @@ def labelled_images(cfg, table="", columns=""):
         labels = [torch.tensor(part.labels) for part in (train, test)]
         return train, test, [Target("class", train.classes, *labels)]
     rows, names = read_table(Path(table), columns)
-    train, test = open_source(cfg.data.root, cfg, "train"), data.open_held_out(cfg)
+    train, test = open_source(cfg.data.root, cfg, "train"), evaluation.open_held_out(cfg)
     found = [[rows.get(p, {}) for p in places(s)] for s in (train, test) if s is not None]
     if not all(map(any, found)):
         raise UserError(
@@ -156,4 +157,4 @@ def augmented_batches(source, rows, cfg, iterations, batch, device, seed=0, rank
     )
     for image_BCSS, row_B in data.one_line_errors(batches):
         image_BCSS = image_BCSS.to(device, non_blocking=True)
-        yield data.normalised(image_BCSS, cfg.data.mean, cfg.data.std), row_B
+        yield evaluation.normalised(image_BCSS, cfg.data.mean, cfg.data.std), row_B

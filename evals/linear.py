@@ -36,6 +36,7 @@ from evals.classifier import BLOCKS, Classifier, Head, features
 from evals.labelled import augmented_batches
 from evals.logistic import logistic_path, penalties
 from evals.probe import Candidates, Probe, accuracies
+from images import evaluation
 from images.held_out import UNKNOWN, divide
 from parallel import dtype_of, process_group, progress, ranks
 
@@ -198,7 +199,7 @@ def read_setup(backbone, cfg, o, device):
     for source, what in (train, "training images"), (test, "test images"):
         x_NF, label_N = extract(lambda x: features(backbone, x), source, cfg, device, what)
         tell_damaged(source, label_N)
-        found += [x_NF, label_N.cpu() == data.DAMAGED]
+        found += [x_NF, label_N.cpu() == evaluation.DAMAGED]
     x_NF, bad_N, x_MF, bad_M = found
     for i, t in enumerate(targets):
         train_N = t.train_N.masked_fill(bad_N, UNKNOWN)

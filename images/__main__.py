@@ -29,8 +29,9 @@ from torch.utils.data import DataLoader
 
 import config
 from config import UserError, replace_text
-from data import Order, most_damaged, open_source, resize, worker_options
-from images.sources import reason
+from data import Order, most_damaged, worker_options
+from images.evaluation import resize
+from images.sources import open_source, reason
 from parallel import progress, warn
 
 OPTIONS = {"limit": 0, "to": "", "short": 0, "per_shard": 10_000}

@@ -39,10 +39,11 @@ import torch.nn.functional as F
 from torch.utils.data import DataLoader
 
 from config import UserError, replace_text, report_errors, take_options, writing
-from data import centre_crop, normalised, open_source, resize, worker_options
+from data import worker_options
 from evals.cache import cached_features
 from images.copies import S, components, near_copies, neighbours
-from images.sources import Files
+from images.evaluation import centre_crop, normalised, resize
+from images.sources import Files, open_source
 from parallel import pick_device, progress
 from pictures import sheets
 from weights.load import load_backbone

@@ -34,9 +34,9 @@ import numpy as np
 import torch
 
 from config import UserError, report_errors, take_options, writing
-from data import labelled_images, open_source
+from images.evaluation import labelled_images
 from images.reader import read_image
-from images.sources import Arrays
+from images.sources import Arrays, open_source
 from parallel import pick_device, progress
 from pictures import history, matching, sheets
 from pictures.neighbours import before_and_after, draw

@@ -21,6 +21,7 @@ from PIL import Image, ImageDraw
 import data
 from augment import colour
 from config import UserError, writing
+from images.sources import read_or_next
 from monitor.report import FLOORS, read_log
 from parallel import dtype_of, ranks
 from pictures import plot, sheets
@@ -187,7 +188,7 @@ def draw_crops(source, cfg, path):
     # As if every process had `count` images: the masks are those of the step, without its images.
     samples = [dataset[position] for position in range(count)]
     batch = data.collate(samples, cfg, rank=0, world=cfg.batch // count)
-    images = [data.read_or_next(source, dataset.order[i])[0] for i in range(count)]
+    images = [read_or_next(source, dataset.order[i])[0] for i in range(count)]
     mean, std = cfg.data.mean, cfg.data.std
     large = colour(batch.global_crops, batch.global_colour, mean, std).unflatten(0, (2, count))
     small = colour(batch.local_crops, batch.local_colour, mean, std)

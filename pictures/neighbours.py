@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from data import DAMAGED, evaluation_batches
 from eval_knn import untrained
+from images.evaluation import DAMAGED, evaluation_batches
 from images.held_out import Part
 from images.sources import read_or_next
 from parallel import progress

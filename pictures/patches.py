@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 
 from attention import pack
-from data import normalised, resize
+from images.evaluation import normalised, resize
 
 SHORT_SIDE = 32  # patches: what a larger picture is reduced to, unless a size is asked for
 FINE = 24  # rows and columns that a map has at least, if need be by shifts

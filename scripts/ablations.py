@@ -72,10 +72,8 @@ CHANGES = [
     Change(
         "drop_path=0.3, but nothing is dropped",
         "vit.py",
-        "x = add_branch(x, self.attention_branch, packing, kept[0])\n"
-        "        return add_branch(x, self.feed_forward_branch, packing, kept[1])",
-        "x = add_branch(x, self.attention_branch, packing)\n"
-        "        return add_branch(x, self.feed_forward_branch, packing)",
+        "first, second = kept",
+        "first = second = None",
         DROP,
         "stochastic depth 0.3",
     ),

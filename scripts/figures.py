@@ -25,6 +25,7 @@ import data
 import losses
 from attention import plain_attention
 from dinov2 import build_network
+from images import evaluation
 from optim import schedules
 from pictures.plot import BLUE, GREEN, GREY, INK, LIGHT, ORANGE, PAPER, Line, Page, mix, panel
 from pictures.sheets import hide
@@ -287,7 +288,7 @@ def neighbours(run):
     with torch.device("meta"):
         untrained = build_network(cfg, student=False)
     materialize(untrained, "cpu", cfg.seed)
-    train, test = data.labelled_images(cfg)
+    train, test = evaluation.labelled_images(cfg)
     train, test = Part(train, range(2000)), Part(test, [1, 6, 8])
     nets = {"pixels": RawPixels(), "untrained": untrained.backbone.eval(), "trained": trained}
     page = Page(900, 380)

@@ -24,10 +24,10 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import config
-import data
 from config import UserError
 from dinov2 import build_network
 from eval_knn import extract_features
+from images import evaluation
 from parallel import materialize
 from pictures import plot
 from weights.load import load_backbone
@@ -138,7 +138,7 @@ def linear(backbone, cfg):
 @functools.cache
 def held_out(root):
     """Labelled images and images to classify; drawn once for the whole ladder."""
-    return data.evaluation_images(config.load(ROOT / "config.yaml", [f"data.root={root}"]))
+    return evaluation.evaluation_images(config.load(ROOT / "config.yaml", [f"data.root={root}"]))
 
 
 def logistic_regression(train_ND, label_N, test_MD, label_M):

@@ -15,16 +15,11 @@ from PIL import Image
 
 import data
 from config import Config, UserError
-from data import (
-    Order,
-    evaluation_batches,
-    evaluation_images,
-    labelled_images,
-    loader,
-    open_source,
-)
+from data import Order, loader
+from images import evaluation
+from images.evaluation import evaluation_batches, evaluation_images, labelled_images
 from images.held_out import divide
-from images.sources import Arrays
+from images.sources import Arrays, open_source
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 
@@ -205,7 +200,7 @@ def test_fewer_images_than_a_batch_are_refused_in_one_line():
 
 def test_the_evaluation_crop_equals_the_official_transform():
     golden = np.load(GOLDEN / "augment.npz")
-    crop = data.centre_crop(golden["natural/image"], 28) / 255  # 28 * 256 / 224 = 32
+    crop = evaluation.centre_crop(golden["natural/image"], 28) / 255  # 28 * 256 / 224 = 32
     cfg = tiny_config()
     mean, std = (torch.tensor(x)[:, None, None] for x in (cfg.data.mean, cfg.data.std))
     expected = torch.from_numpy(golden["eval_transform/resize32_crop28_natural"])
@@ -214,7 +209,7 @@ def test_the_evaluation_crop_equals_the_official_transform():
 
 def test_images_of_the_crop_size_are_evaluated_as_they_are():
     pixels = tiny_source(1).read(0)  # 24 x 20
-    crop = data.centre_crop(pixels, 20)
+    crop = evaluation.centre_crop(pixels, 20)
     assert torch.equal(crop.permute(1, 2, 0), torch.from_numpy(pixels[2:22]))
 
 

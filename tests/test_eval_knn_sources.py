@@ -8,10 +8,10 @@ import pytest
 import torch
 from running import make_photos
 
-import data
 from config import Config, from_dict
 from eval_knn import evaluate
 from images import __main__ as prepare
+from images import evaluation
 from images.sources import open_source
 from vit import build_backbone
 
@@ -48,7 +48,7 @@ def forms(tmp_path_factory):
 def sources_of(forms, form):
     cfg = from_dict(SMALL)
     cfg.data.root, cfg.data.val = map(str, forms[form])
-    return data.evaluation_images(cfg), cfg
+    return evaluation.evaluation_images(cfg), cfg
 
 
 @pytest.mark.parametrize("form", ["list", "shards", "array"])

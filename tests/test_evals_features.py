@@ -41,7 +41,7 @@ def features_of(place, out, *words, folder="photos"):
 def test_every_image_has_its_own_features_names_and_labels(place, tmp_path, capsys):
     found = features_of(place, tmp_path / "x.npz", "patches=true")
     assert "damaged image left out, the first: train/dark/4.png" in capsys.readouterr().err
-    from data import centre_crop, normalised
+    from images.evaluation import centre_crop, normalised
     from weights.load import load_backbone
 
     net, cfg = load_backbone(place / "0001000.pt", with_config=True)

@@ -16,10 +16,12 @@ CORE = {"vit", "heads", "losses", "augment", "dinov2", "optim", "attention"}
 # What the root takes from the rooms. Of images/ it is what data.py reads; the others are doors
 # towards results, opened where they are used.
 DOORS = {
-    "data": {"images.sources", "images.held_out"},
-    "eval_knn": {"weights.load", "evals.cache", "images.sources"},
+    "data": {"images.sources"},
+    "eval_knn": {"weights.load", "evals.cache", "images.evaluation", "images.sources"},
     "hubconf": {"weights.load", "weights.plain"},
     "train": {
+        "images.evaluation",
+        "images.sources",
         "weights.checkpoint",
         "weights.start",
         "monitor.report",
@@ -27,7 +29,13 @@ DOORS = {
         "monitor.watch",
         "pictures.history",
     },
-    "distill": {"weights.load", "weights.start", "monitor.results"},
+    "distill": {
+        "images.evaluation",
+        "images.sources",
+        "weights.load",
+        "weights.start",
+        "monitor.results",
+    },
 }
 
 

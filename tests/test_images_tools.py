@@ -14,9 +14,11 @@ import torch
 from PIL import Image
 
 from config import Config
-from data import evaluation_images, loader, open_source
+from data import loader
 from images import __main__ as prepare
 from images import index
+from images.evaluation import evaluation_images
+from images.sources import open_source
 
 ROOT = Path(__file__).parent.parent
 

@@ -190,7 +190,7 @@ STEP = {"teacher.momentum_end": 20, "optim.min_lr": 30, "optim.weight_decay_end"
 def is_step_of(words, step):
     """Numbers that say what a step is: its losses, and the weights of both networks behind it."""
     cfg = config.load(ROOT / "tests" / "tiny.yaml", words)
-    source = data.open_source(cfg.data.root, cfg)
+    source = open_source(cfg.data.root, cfg)
     run = object.__new__(train.Run)  # without a folder and a report
     run.student, run.teacher, run.centers, run.optimizer = train.build(cfg, CPU)
     run.cfg, run.model, run.scaler = cfg, run.student, torch.amp.GradScaler(enabled=False)

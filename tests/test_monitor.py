@@ -23,6 +23,7 @@ import data
 import dinov2
 import train
 from config import Config
+from images.sources import open_source
 from monitor import card, report, results
 
 TERMS = ["dino_global", "dino_local", "ibot", "koleo"]
@@ -251,7 +252,7 @@ def test_an_untrained_network_starts_where_the_card_says(word, near):
     cfg = config.load(ROOT / "config.yaml", ["batch=16", "teacher.temp_start=0.06", word])
     cfg.precision = "fp32"
     student, teacher, centers, _ = train.build(cfg, torch.device("cpu"))
-    batch = next(iter(data.loader(cfg, data.open_source("synthetic", cfg))))
+    batch = next(iter(data.loader(cfg, open_source("synthetic", cfg))))
     batch = train.to_device(batch, cfg, torch.device("cpu"))
     _, log = dinov2.objective(student, teacher, centers, batch, 0.06, cfg.loss)
     for name, value in dinov2.start_values(cfg).items():

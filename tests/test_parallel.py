@@ -39,6 +39,8 @@ import train as train_script
 from attention import check_backend
 from config import Config, UserError
 from dinov2 import build_network, ema_update, objective
+from images import evaluation
+from images.sources import open_source
 from losses import SoftmaxCentering, ibot_loss, koleo_loss, sinkhorn_knopp
 from optim import clip_each_part, schedules, set_schedule
 from parallel import (
@@ -96,7 +98,7 @@ def train(folder, changes, steps=10, save_at=None, resume=False):
     saved = Checkpoints(cfg, student, teacher, centers, optimizer, scaler)
     start, (rank, world) = saved.load() if resume else 0, ranks()
     run = {"start": start, "terms": [], "norms": []}
-    batches = data.loader(cfg, data.open_source(cfg.data.root, cfg, "train"), start, rank, world)
+    batches = data.loader(cfg, open_source(cfg.data.root, cfg, "train"), start, rank, world)
     for step, batch in zip(range(start, steps), batches, strict=False):
         now, rng = schedules(step, cfg), seeded(f"{step} {rank}")
         set_schedule(optimizer, now)
@@ -199,7 +201,7 @@ def nearest_neighbours(folder, changes):
     """k-NN before the first step, and a step after it; 7 test images do not divide into 2."""
     cfg = tiny(folder, changes)
     cfg.data.root, cfg.data.val = f"{folder}/images", f"{folder}/val"
-    sources = data.evaluation_images(cfg)
+    sources = evaluation.evaluation_images(cfg)
     student, teacher, centers, _ = build(cfg, CPU)
     figures = eval_knn.evaluate(teacher.backbone, sources, cfg, CPU, neighbours=(1, 3))
     batch = next(iter(data.loader(cfg, sources[0], 0, *ranks())))

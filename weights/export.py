@@ -136,7 +136,7 @@ def write_folder(backbone, state, path, about, size):
     } | ({"num_register_tokens": registers} if registers else {})
     processor = {
         "image_processor_type": "BitImageProcessor",
-        "size": {"shortest_edge": round(images["size"][0] * 256 / 224)},  # as data.centre_crop
+        "size": {"shortest_edge": round(images["size"][0] * 256 / 224)},  # as centre_crop
         "crop_size": dict(zip(("height", "width"), images["size"], strict=True)),
         "resample": 3,
         "image_mean": images["mean"],
