@@ -141,6 +141,10 @@ class LayerScale(nn.Module):
         super().__init__()
         self.gamma = nn.Parameter(torch.full((dim,), float(start))) if start else None
 
+    def forward(self, x):
+        """The factor written out, as hub networks apply it (weights/plain.py)."""
+        return x if self.gamma is None else x * self.gamma.to(x.dtype)
+
 
 class Block(nn.Module):
     """One transformer block over packed tokens: x + gamma * attn(norm(x)), then the same with mlp.

@@ -155,7 +155,7 @@ def test_with_registers_only_registers_and_positions_differ(name):
 # Where a run happens and what it tells is up to whoever runs it; where it begins is not.
 OPEN = {"device", "init_from", "data.val", "log.pictures", "log.tensorboard", "log.wandb"}
 OPEN |= {"data.max_damaged", "data.max_pixels"}  # which images are refused
-OPEN |= {"log.keep_every"}
+OPEN |= {"log.keep_every", "log.knn", "log.knn_images", "data.synthetic_images", "compile"}
 # These belong to starting from other weights, and to distill.py.
 OPEN |= {"init_heads", "head_steps", "optim.freeze_backbone"}
 OPEN |= {f"distill.{key}" for key in ("teacher", "students", "tokens")}

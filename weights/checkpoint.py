@@ -34,7 +34,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_optimizer_state_dict
 
-from config import UserError, documented, from_dict, lookup, shown, to_dict
+from config import Config, UserError, documented, shown, to_dict
 from parallel import lists_of_ranks, ranks
 
 KEEP = 2  # one to continue from, one in case that one is damaged
@@ -266,12 +266,19 @@ def fingerprint(source):
 
 def check_same(card, cfg, images):
     """Raise UserError naming the first thing in which a checkpoint differs from this run."""
-    was = from_dict(card["config"], cfg.out)
+    was, defaults, here = card["config"], to_dict(Config()), to_dict(cfg)
+
+    def value(tree, key):
+        section, _, name = key.rpartition(".")
+        return (tree.get(section, {}) if section else tree).get(name)
+
     for key in [key for key, _ in documented() if key]:
-        before, now = shown(lookup(was, key)), shown(lookup(cfg, key))
+        before, now = value(was, key), value(here, key)
+        before = shown(value(defaults, key) if before is None else before)  # older than a key
+        now = shown(now)
         if not key.startswith(FREE) and before != now:
             fix = f"{key}={before} to continue this one"
-            if key == "steps" and card["step"] == was.steps:
+            if key == "steps" and card["step"] == was["steps"]:
                 fix = f"init_from={cfg.out} there to go on from this one, which is finished"
             raise UserError(f"{cfg.out} was started with {key}={before}, now it is {now}: "
                             f"use another out= for a new run, or {fix}")  # fmt: skip
