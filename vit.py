@@ -64,6 +64,11 @@ class Linear(nn.Linear):
         return F.linear(x, gamma.unsqueeze(1) * weight, gamma * bias)
 
 
+def scaled(linear, x, gamma):
+    """linear(x), times the gamma of a LayerScale; without one, any nn.Linear will do."""
+    return linear(x) if gamma is None else linear(x, gamma)
+
+
 class LayerNorm(nn.LayerNorm):
     """nn.LayerNorm in the precision of its input; statistics are fp32 inside the kernel."""
 
@@ -101,7 +106,7 @@ class Attention(nn.Module):
 
     def forward(self, x, packing, gamma=None):
         qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1))  # (M, 3, H, E)
-        return self.proj(attend(qkv, packing).flatten(1), gamma)
+        return scaled(self.proj, attend(qkv, packing).flatten(1), gamma)
 
 
 class Mlp(nn.Module):
@@ -113,7 +118,7 @@ class Mlp(nn.Module):
         self.fc2 = Linear(hidden, dim)
 
     def forward(self, x, gamma=None):
-        return self.fc2(F.gelu(self.fc1(x)), gamma)
+        return scaled(self.fc2, F.gelu(self.fc1(x)), gamma)
 
 
 class SwiGLU(nn.Module):
@@ -131,7 +136,7 @@ class SwiGLU(nn.Module):
 
     def forward(self, x, gamma=None):
         gate, value = self.w12(x).chunk(2, dim=-1)
-        return self.w3(F.silu(gate) * value, gamma)
+        return scaled(self.w3, F.silu(gate) * value, gamma)
 
 
 class LayerScale(nn.Module):
