@@ -391,17 +391,22 @@ class VisionTransformer(nn.Module):
             x_MD = block(x_MD, packing, kept[i] if kept and self.drop_path[i] else (None, None))
         rows = [B * T for B, T in groups]
         norms, prenorms = self.norm(x_MD).split(rows), x_MD.split(rows)
-        outputs, first_patch = [], 1 + self.registers
-        for norm, prenorm, group, mask in zip(norms, prenorms, groups, masks, strict=True):
-            norm = norm.unflatten(0, group)
-            outputs.append({
-                "x_norm_clstoken": norm[:, 0],
-                "x_norm_regtokens": norm[:, 1:first_patch],
-                "x_norm_patchtokens": norm[:, first_patch:],
-                "x_prenorm": prenorm.unflatten(0, group),
-                "masks": mask,
-            })  # fmt: skip
+        outputs = [
+            self.split_tokens(norm.unflatten(0, group), prenorm.unflatten(0, group), mask)
+            for norm, prenorm, group, mask in zip(norms, prenorms, groups, masks, strict=True)
+        ]
         return outputs if isinstance(x, list) else outputs[0]
+
+    def split_tokens(self, norm, prenorm, mask):
+        """Name the tokens of one crop size, (B, T, D) each, by their roles."""
+        first_patch = 1 + self.registers
+        return {
+            "x_norm_clstoken": norm[:, 0],
+            "x_norm_regtokens": norm[:, 1:first_patch],
+            "x_norm_patchtokens": norm[:, first_patch:],
+            "x_prenorm": prenorm,
+            "masks": mask,
+        }
 
     def forward(self, x, masks=None, is_training=False, rng=None, kept=None):
         """The normalised [CLS] token (B, D); with is_training, what `forward_features` returns."""
