@@ -26,9 +26,9 @@ class Attention(vit.Attention):
 class Block(vit.Block):
     drop_path = 0.0
 
-    def forward(self, x, groups=None):
-        if groups is not None:  # tokens in one row, from get_intermediate_layers
-            return self.forward(x.unflatten(0, groups[0])).flatten(0, 1)
+    def forward(self, x, packing=None):
+        if packing is not None:  # tokens in one row, from get_intermediate_layers
+            return self.forward(x.unflatten(0, packing.groups[0])).flatten(0, 1)
         x = self.add(x, lambda x: self.ls1(self.attn(self.norm1(x))))
         return self.add(x, lambda x: self.ls2(self.mlp(self.norm2(x))))
 
