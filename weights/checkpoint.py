@@ -17,6 +17,7 @@ teacher.pt is read with weights_only=True: loading never runs code.
 """
 
 import argparse
+import hashlib
 import json
 import os
 import pickle
@@ -24,17 +25,18 @@ import re
 import shutil
 import warnings
 import zipfile
-import zlib
+from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from safetensors import safe_open
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_optimizer_state_dict
 
-from config import Config, UserError, documented, shown, to_dict
+from config import Config, UserError, shown, to_dict
 from parallel import lists_of_ranks, ranks
 
 KEEP = 2  # one to continue from, one in case that one is damaged
@@ -61,16 +63,14 @@ class Checkpoints:
     def tensors(self):
         """All tensors that the next step depends on, by name: the live ones, shards as shards."""
         student, teacher = self.networks
-        # Learning rates and decay are functions of the step; only the moments are state.
-        moments = get_optimizer_state_dict(student, self.optimizer)["state"]
-        named = {f"optimizer.{n}.{k}": v for n, state in moments.items() for k, v in state.items()}
-        for part, state in {
+        parts = {
+            # Learning rates and decay are functions of the step; only the moments are state.
+            "optimizer": get_optimizer_state_dict(student, self.optimizer)["state"],
             "student": get_model_state_dict(student),
             "teacher": get_model_state_dict(teacher),
             "centers": self.centers.state_dict(),
-        }.items():
-            named |= {f"{part}.{name}": value for name, value in state.items()}
-        return named
+        }
+        return flat(parts)
 
     def save(self, step):
         """Take what the run is after `step` steps; all ranks call it. Raises like wait()."""
@@ -85,35 +85,30 @@ class Checkpoints:
 
     def wait(self):
         """Until the last save is on the disk. Raises UserError if it could not be written."""
-        writing, self.writing = self.writing, None
-        if writing is not None:
-            writing.result()
+        if self.writing:
+            self.writing.result()
 
     def check(self):
         """Raise UserError if the last save has failed; does not wait."""
-        if self.writing is not None and self.writing.done():
+        if self.writing and self.writing.done():
             self.wait()
 
-    def load(self, warn=print):
+    def load(self):
         """Put the newest readable checkpoint back; returns the step to continue with, 0 if none.
 
         Raises UserError if there are checkpoints and none can be read, or if the config differs.
         """
         folders = checkpoints(self.cfg.out)
         for folder in reversed(folders):
-            try:
-                card = verified(folder, self.group)
-                check_same(card, self.cfg, self.images)
-                reader = dcp.HuggingFaceStorageReader(str(folder))
-                dcp.load(self.tensors(), storage_reader=reader, process_group=self.group)
-            except Damaged as error:
-                if ranks()[0] == 0:
-                    warn(f"warning: {error}; trying the checkpoint before it")
+            card, problem = verified(folder, self.group)
+            if problem:
+                words = f"{folder}: damaged ({problem}); trying the checkpoint before it"
+                print(f"warning: {words}\n" if ranks()[0] == 0 else "", end="")
                 continue
-            except dcp.api.CheckpointException as error:
-                raise UserError(f"{folder}: not of this network ({reason(error)})") from None
-            if card["scaler"]:
-                self.scaler.load_state_dict(card["scaler"])
+            check_same(card, self.cfg, self.images)
+            reader = dcp.HuggingFaceStorageReader(str(folder))
+            dcp.load(self.tensors(), storage_reader=reader, process_group=self.group)
+            self.scaler.load_state_dict(card["scaler"])
             return card["step"]
         if folders:
             raise UserError(f"{self.cfg.out}: no checkpoint can be read; use another out=")
@@ -192,61 +187,68 @@ def discard(folder):
 
 
 def checksum(path):
-    """[bytes, CRC-32] of a file."""
-    crc = 0
+    """SHA-256 of a file."""
     with open(path, "rb") as file:
-        while chunk := file.read(2**22):
-            crc = zlib.crc32(chunk, crc)
-    return [path.stat().st_size, crc]
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def reason(error):
-    """The words of an exception in one line, without colours, whichever rank it comes from."""
+    """The words of an exception in one line, whichever rank it comes from."""
     if isinstance(error, dcp.api.CheckpointException):
         error = next(iter(error.failures.values()))[0]
-    return " ".join(re.sub(r"\x1b\[[\d;]*m", "", str(error)).split()) or type(error).__name__
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 # ---- reading -------------------------------------------------------------------------------------
 
 
-class Damaged(UserError):
-    """A checkpoint that is not what was written; the one before it may serve."""
-
-
 def verified(folder, group):
-    """What run.json says, once all files have the checksums it names; the same on every rank."""
+    """What run.json says, and what is wrong with the files ("": nothing); as all ranks see it."""
     rank, world = ranks()
+    card, problem = None, ""
     try:
         card = json.loads((folder / "run.json").read_text())
-        wrong = [name for name in sorted(card["files"])[rank::world]
-                 if checksum(folder / name) != card["files"][name]]  # fmt: skip
-        problem = f"checksum of {wrong[0]}" if wrong else ""
+        for name in sorted(card["files"])[rank::world]:
+            if checksum(folder / name) != card["files"][name]:
+                problem = f"checksum of {name}"
     # A damaged run.json is anything: no json, no dictionary, other keys, other bytes.
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        card, problem = None, reason(error)
-    if any(problems := lists_of_ranks([problem], group)):
-        raise Damaged(f"{folder}: damaged ({next(filter(None, problems))})")
-    return card
+        problem = reason(error)
+    return card, next(filter(None, lists_of_ranks([problem], group)), "")
 
 
 def read(path):
-    """Load a file of tensors and plain values to the CPU, or raise UserError saying why not."""
+    """Load a file of tensors and plain values to the CPU, or raise UserError saying why not.
+
+    The metadata of .safetensors is put where torch.save keeps that of a state dict: in _metadata.
+    """
     try:
+        if str(path).endswith(".safetensors"):
+            with safe_open(path, "pt") as file:
+                state = OrderedDict((name, file.get_tensor(name)) for name in file.keys())  # noqa: SIM118
+                state._metadata = file.metadata() or {}
+                return state
         # torch.load does not look at the checksums. (Files of PyTorch 1.5 have none.)
         if zipfile.is_zipfile(path) and (damaged := zipfile.ZipFile(path).testzip()):
             raise ValueError(f"checksum of {damaged}")
         # The official code of DINO and iBOT saves its options too: plain values.
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
     except pickle.UnpicklingError as error:  # with a page of advice to run the code in the file
         held = re.search(r"GLOBAL (\S+)", str(error))
         what = f"it holds {held[1]}, and only tensors are loaded" if held else "not of torch.save"
         raise UserError(f"{path}: cannot be read ({what}); give a state dict") from None
     except Exception as error:  # a damaged archive raises anything, BadZipFile to RuntimeError
         raise UserError(f"{path}: cannot be read ({reason(error)})") from None
+
+
+def flat(tree, prefix=""):
+    """{dotted name: value} of dictionaries in dictionaries."""
+    rows = {}
+    for key, value in tree.items():
+        name = f"{prefix}{key}"
+        rows |= flat(value, f"{name}.") if isinstance(value, dict) else {name: value}
+    return rows
 
 
 # What may differ between a run and its continuation: where and how, not what is computed.
@@ -257,32 +259,25 @@ FREE = (
 
 
 def fingerprint(source):
-    """What the images of a source are, wherever they lie: names, of at most 1000, and labels."""
+    """What the images of a source are, wherever they lie: in words, and names, of at most 1000."""
     some = range(0, len(source), max(len(source) // 1000, 1))
     names = "\n".join(f"{os.path.basename(source.name(i))} {source.label(i)}" for i in some)
-    crc, classes = zlib.crc32(os.fsencode(names)), getattr(source, "classes", ())
-    return {"images": len(source), "classes": len(classes), "names": crc}
+    words = f"{len(source)} in {len(getattr(source, 'classes', ()))} classes"
+    return [words, hashlib.sha256(os.fsencode(names)).hexdigest()]
 
 
 def check_same(card, cfg, images):
     """Raise UserError naming the first thing in which a checkpoint differs from this run."""
-    was, defaults, here = card["config"], to_dict(Config()), to_dict(cfg)
-
-    def value(tree, key):
-        section, _, name = key.rpartition(".")
-        return (tree.get(section, {}) if section else tree).get(name)
-
-    for key in [key for key, _ in documented() if key]:
-        before, now = value(was, key), value(here, key)
-        before = shown(value(defaults, key) if before is None else before)  # older than a key
-        now = shown(now)
+    was, here = flat(to_dict(Config())) | flat(card["config"]), flat(to_dict(cfg))
+    for key, value in here.items():
+        before, now = shown(was[key]), shown(value)
         if not key.startswith(FREE) and before != now:
             fix = f"{key}={before} to continue this one"
             if key == "steps" and card["step"] == was["steps"]:
                 fix = f"init_from={cfg.out} there to go on from this one, which is finished"
             raise UserError(f"{cfg.out} was started with {key}={before}, now it is {now}: "
                             f"use another out= for a new run, or {fix}")  # fmt: skip
-    if (found := card.get("images", images)) != images:
-        before, now = (f"{x['images']} in {x['classes']} classes" for x in (found, images))
-        raise UserError(f"{cfg.out} was started with other images: {before}, now {now} or of other "
-                        f"names in {cfg.data.root}: use another out= for a new run")  # fmt: skip
+    if card["images"] != images:
+        raise UserError(f"{cfg.out} was started with other images: {card['images'][0]}, now "
+                        f"{images[0]} or of other names in {cfg.data.root}: use another out= for "
+                        "a new run")  # fmt: skip

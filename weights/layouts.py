@@ -14,6 +14,7 @@ import re
 import torch
 
 from config import UserError
+from weights.checkpoint import flat
 
 KNOWN = "DINOv2, DINO, iBOT, timm (vit_*_dinov2, vit_*_dino), Hugging Face (Dinov2, ViT)"
 
@@ -63,12 +64,12 @@ IBOT = """
 CLEAN = [
     (r"\b(module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.", ""),
     (r"\bblocks\.\d+\.(\d+)\.", r"blocks.\1."),
-    (r"^layers\.(\d+)\.", r"encoder.layer.\1."),
+    (r"\blayers\.(\d+)\.", r"encoder.layer.\1."),
     (r"\.parametrizations\.weight\.original0$", ".weight_g"),
     (r"\.parametrizations\.weight\.original1$", ".weight_v"),
-    (r"^pooler\.dense\..*", ""),
+    (r".*\bpooler\.dense\..*", ""),
 ]
-INSIDE = ("teacher", "student", "state_dict", "model")  # where a file keeps weights, best first
+INSIDE = ("teacher.", "student.", "state_dict.", "model.")  # where weights lie in files, best first
 PARTS = ("backbone", "head", "dino_head", "ibot_head")
 
 
@@ -80,10 +81,10 @@ def rows(table):
 
 
 def read_table():
-    """{their name: (our name, number of the piece, how many)}."""
+    """{their name: (our name, number of the piece)}."""
     ours = [(name, [name]) for name, _ in rows(HUGGING_FACE)]
     tables = [*rows(HUGGING_FACE), *rows(HUGGING_FACE_TOO), *rows(TIMM), *rows(IBOT), *ours]
-    return {t: (name, i, len(theirs)) for name, theirs in tables for i, t in enumerate(theirs)}
+    return {their: (name, i) for name, theirs in tables for i, their in enumerate(theirs)}
 
 
 def take_apart(name):
@@ -98,36 +99,32 @@ def parts_of(tree, path):
 
     Raises UserError naming the first key that no layout knows.
     """
-    while inside := [key for key in INSIDE if isinstance(tree.get(key), dict)]:
-        tree = tree[inside[0]]
-    state = {}
-    for key, value in tree.items():
-        for name, tensor in value.items() if isinstance(value, dict) else [("", value)]:
-            name = f"{key}.{name}".rstrip(".")
-            for pattern, plain in CLEAN:
-                name = re.sub(pattern, plain, name)
-            state |= {name: tensor} if name else {}
-    if not state:
-        raise UserError(f"{path}: not weights of a backbone by name: nothing is in it")
-    # Both networks may lie side by side, as teacher.backbone.norm.weight.
-    teacher = {n[len("teacher.") :]: v for n, v in state.items() if n.startswith("teacher.")}
-    state, parts = teacher or state, {}
-    prefixed = any(name.startswith("backbone.") for name in state)
+    state = {cleaned(name): value for name, value in flat(tree).items()}
+    state.pop("", None)
+    # It may lie deep, with the other network and the optimiser beside it.
+    while inside := [prefix for prefix in INSIDE if any(name.startswith(prefix) for name in state)]:
+        state = {n[len(inside[0]) :]: v for n, v in state.items() if n.startswith(inside[0])}
+    if not any(name.startswith("backbone.") for name in state):
+        state = {f"backbone.{name}": value for name, value in state.items()}
+    parts = {"backbone": {}}
     for name, value in state.items():
-        if not torch.is_tensor(value):
-            raise UserError(f"{path}: not weights of a backbone by name: {name} is no tensor")
-        part, _, rest = name.partition(".") if prefixed else ("backbone", "", name)
+        part, _, rest = name.partition(".")
         if part not in PARTS:
             raise unknown(name, path)
         parts.setdefault(part, {})[rest] = value
-    head = parts.pop("head", {})
-    second = {n: head.pop(n) for n in list(head) if n.startswith("last_layer2.")}
-    second = {n.replace("last_layer2", "last_layer"): value for n, value in second.items()}
-    if head:
+    if head := parts.pop("head", {}):
+        second = {n: head.pop(n) for n in list(head) if n.startswith("last_layer2.")}
+        second = {n.replace("last_layer2", "last_layer"): value for n, value in second.items()}
         parts["dino_head"] = head
-    if any(not torch.equal(value, head[n]) for n, value in second.items()):
-        parts["ibot_head"] = head | second  # iBOT: two last layers on one MLP
-    return parts | {"backbone": backbone_of(parts.get("backbone", {}), path)}
+        if any(not torch.equal(value, head[n]) for n, value in second.items()):
+            parts["ibot_head"] = head | second  # iBOT: two last layers on one MLP
+    return parts | {"backbone": backbone_of(parts["backbone"], path)}
+
+
+def cleaned(name):
+    for pattern, plain in CLEAN:
+        name = re.sub(pattern, plain, name)
+    return name
 
 
 def unknown(name, path):
@@ -139,28 +136,28 @@ def unknown(name, path):
 
 def backbone_of(state, path):
     """The tensors of a backbone under our names; what DINO and timm leave out is put back."""
-    table, pieces, found = read_table(), {}, {}
+    table, pieces = read_table(), {}
     for name, value in state.items():
         pattern, ending, number = take_apart(name)
-        if pattern not in table:
+        if pattern not in table or not torch.is_tensor(value):
             raise unknown(name, path)
-        ours, i, count = table[pattern]
-        ours = ours.replace("#", number) + ending
-        place = pieces.setdefault(ours, [None] * count)
-        if len(place) != count or place[i] is not None:
+        ours, i = table[pattern]
+        place = pieces.setdefault(ours.replace("#", number) + ending, {})
+        if i in place:
             raise UserError(f"{path}: {name} is there twice, under two names")
         place[i] = value
-    for name, place in pieces.items():
-        if all(piece is not None for piece in place):  # else the name will be missing
-            found[name] = place[0] if len(place) == 1 else torch.cat(place)
-    for name in [n for n in found if ".mlp.fc1." in n]:  # SwiGLU in timm: fc1 is twice as wide
-        second = name.replace("fc1", "fc2")
-        inner = found.get(re.sub(r"\w+$", "weight", second), found[name]).shape[-1]
-        if second in found and len(found[name]) == 2 * inner:
-            found[name.replace("fc1", "w12")] = found.pop(name)
-            found[second.replace("fc2", "w3")] = found.pop(second)
-    positions = found.get("pos_embed", torch.empty(1))
-    if positions.dim() == 3 and math.isqrt(positions.shape[1]) ** 2 == positions.shape[1]:
+    found = {}
+    for name, place in pieces.items():  # where a piece is missing, the shape will be wrong
+        values = [place[i] for i in sorted(place)]
+        found[name] = values[0] if len(values) == 1 else torch.cat(values)
+    first, second = (found.get(f"blocks.0.mlp.{layer}.weight") for layer in ("fc1", "fc2"))
+    if first is not None and second is not None and len(first) == 2 * second.shape[-1]:
+        # SwiGLU in timm: the first matrix is twice as wide as the second.
+        swiglu = {".mlp.fc1.": ".mlp.w12.", ".mlp.fc2.": ".mlp.w3."}
+        for theirs, ours in swiglu.items():
+            found = {name.replace(theirs, ours): value for name, value in found.items()}
+    positions = found.get("pos_embed")
+    if positions is not None and math.isqrt(positions.shape[1]) ** 2 == positions.shape[1]:
         # In timm with registers, [CLS] has no position: it was added to the token.
         found["pos_embed"] = torch.cat((torch.zeros_like(positions[:, :1]), positions), dim=1)
     if "norm.weight" in found:  # networks that never hid a patch have no token for it
