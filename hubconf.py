@@ -12,8 +12,8 @@ plain names (config, data, ...): a program that has imported its own by such a n
 
 import torch as _torch
 
-import vit as _vit
 from config import UserError as _UserError
+from vit import VisionTransformer as _VisionTransformer
 from weights import load as _weights
 from weights.plain import plain as _plain
 
@@ -32,9 +32,6 @@ _OPTIONS = {
     "interpolate_antialias": "interpolate_antialias",
     "ffn_layer": "ffn",
 }
-_FFN = {"mlp": "mlp", "swiglu": "swiglu", "swiglufused": "swiglu"}
-# Keywords that have one value here.
-_FIXED = {"block_chunks": 0, "mlp_ratio": 4, "qkv_bias": True, "proj_bias": True, "ffn_bias": True}
 
 
 def _entry_point(name):
@@ -42,24 +39,22 @@ def _entry_point(name):
 
     # Differs from the official code, which returns the network in training mode: in eval mode
     # stochastic depth, if asked for, waits for .train(); without it both compute the same.
-    def load(*, pretrained=True, weights="LVD142M", **options):
-        as_released = {
+    def load(*, pretrained=True, weights="LVD142M", block_chunks=0, **options):
+        if block_chunks:
+            raise _UserError(f"{name}: block_chunks={block_chunks} is not built here, but 0")
+        options = {
             "registers": registers,
             "interpolate_offset": 0.0 if registers else 0.1,
             "interpolate_antialias": bool(registers),
-        }
-        for key in _FIXED.keys() & options.keys():
-            if (value := options.pop(key)) != _FIXED[key]:
-                raise _UserError(f"{name}: {key}={value} is not built here, but {_FIXED[key]}")
-        options = {_OPTIONS.get(key, key): value for key, value in options.items()}
-        if "ffn" in options:
-            options["ffn"] = _FFN[options["ffn"]]
-        if "image_size" in options:  # officially, what is over after the last patch is ignored
-            options["image_size"] -= options["image_size"] % options.get("patch", 14)
+        } | {_OPTIONS.get(key, key): value for key, value in options.items()}
+        options["ffn"] = options.get("ffn", "").removesuffix("fused")
+        # Officially, what is over after the last patch is ignored.
+        image_size, patch = options.get("image_size", 518), options.get("patch", 14)
+        options["image_size"] = image_size // patch * patch
         if not pretrained:
-            return _plain(_vit.VisionTransformer(size, **as_released | options)).eval()
+            return _plain(_VisionTransformer(size, **options)).eval()
         with _torch.device("meta"):  # shapes only: the values come from the file
-            backbone = _vit.VisionTransformer(size, **as_released | options)
+            backbone = _VisionTransformer(size, **options)
         path = _weights.teacher_file(name if weights == "LVD142M" else weights)
         parts, _ = _weights.contents(path)
         fix = f"the file is not of {name} with these options"
@@ -71,7 +66,7 @@ def _entry_point(name):
 
     pretrained  False: random weights, as training begins
     weights     "LVD142M" (the released ones, fetched once), or a file or run folder of ours
-    options     of the network, by their official names: {", ".join(_OPTIONS | _FIXED)}
+    options     of the network, by their official names: {", ".join(_OPTIONS)}
     """
     return load
 

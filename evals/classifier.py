@@ -24,7 +24,7 @@ from images.sources import open_source
 from parallel import counted, pick_device
 from vit import VisionTransformer
 from weights import checkpoint
-from weights.load import architecture
+from weights.load import architecture, beyond_shapes
 
 BLOCKS = 4  # whose [CLS] tokens are features: the last ones
 KIND = "nanoDINOv2 classifier 1"
@@ -73,17 +73,10 @@ class Classifier(nn.Module):
 
 def save(classifier, cfg, path):
     """Write a classifier with its backbone, and how its images are prepared, to one file."""
-    backbone, block = classifier.backbone, classifier.backbone.blocks[0]
-    ffn = "swiglu" if hasattr(block.mlp, "w12") else "mlp"
     state = {
         "kind": KIND,
         "config": config.to_dict(cfg),
-        "backbone": {  # what the shapes do not tell
-            "size": [backbone.dim, backbone.depth, block.attn.heads, ffn],
-            "interpolate_offset": backbone.interpolate_offset,
-            "interpolate_antialias": backbone.interpolate_antialias,
-            "eps": backbone.norm.eps,
-        },
+        "backbone": beyond_shapes(classifier.backbone),
         "targets": [[name, list(classes)] for name, classes in classifier.targets],
         "state": {name: value.cpu() for name, value in classifier.state_dict().items()},
     }

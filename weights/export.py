@@ -17,6 +17,7 @@ its metadata, under "nanodinov2", how to feed it: channels, mean, std and size o
 
 import json
 import math
+import re
 import sys
 from collections import OrderedDict
 from pathlib import Path
@@ -26,11 +27,11 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import nn
 
-from config import UserError, report_errors
+from config import UserError, report_errors, take_options
 from parallel import warn
 from weights.checkpoint import reason
 from weights.layouts import HUGGING_FACE, TIMM, renamed
-from weights.load import OURS, load_backbone
+from weights.load import OURS, beyond_shapes, load_backbone
 from weights.plain import plain
 
 FORMS = {  # and their endings; the first form of an ending is meant without format=
@@ -55,30 +56,18 @@ def export(backbone, cfg, path, size=None, form=""):
         raise UserError(f"{path}: the ending says the form, use one of {known}; or format= says "
                         f"it: {', '.join(FORMS)}")  # fmt: skip
     form = form or next(form for form, its in FORMS.items() if path.suffix in its)
-    free, given = size == "free", size not in (None, "free")
+    given, p = bool(size) and size != "free", backbone.patch
     height, width = size if given else (cfg.crops.global_size,) * 2
-    p = backbone.patch
     if height % p or width % p or not height or not width:
         raise UserError(f"size={height}x{width}: height and width must be multiples of {p}")
-    ffn = "swiglu" if hasattr(backbone.blocks[0].mlp, "w12") else "mlp"
-    about = {  # what tensors do not tell; other programs ignore it
-        "size": [backbone.dim, backbone.depth, backbone.blocks[0].attn.heads, ffn],
-        "interpolate_offset": backbone.interpolate_offset,
-        "interpolate_antialias": backbone.interpolate_antialias,
-        "eps": backbone.norm.eps,
-        "images": {key: getattr(cfg.data, key) for key in ("channels", "mean", "std")},
-    }
-    about["images"]["size"] = [height, width]
-    state = backbone.state_dict()
+    images = {key: getattr(cfg.data, key) for key in ("channels", "mean", "std")}
+    about = beyond_shapes(backbone) | {"images": images | {"size": [height, width]}}
     if form in ("torch", "onnx"):
-        write_network(backbone, path, height, width, free, json.dumps(about))
-        shown = "any height and width" if free else f"{height} x {width} px"
-        return f"{path} for images of {shown}"
+        return write_network(backbone, path, size or (height, width), json.dumps(about))
     if form == "huggingface":
-        return write_folder(backbone, state, path, about, given and height == width and height)
-    if form == "timm":
-        state = for_timm(state)
-    return write_weights(state, path, about)
+        return write_folder(backbone, path, about, given and height == width and height)
+    state = backbone.state_dict()
+    return write_weights(for_timm(state) if form == "timm" else state, path, about)
 
 
 def write_weights(state, path, about):
@@ -103,12 +92,13 @@ def for_timm(state):
     return renamed(state, TIMM)
 
 
-def write_folder(backbone, state, path, about, size):
+def write_folder(backbone, path, about, size):
     """A folder for AutoModel.from_pretrained and AutoImageProcessor.
 
     They resize positions in another way. With a size, positions are made for it beforehand.
     """
     p, registers, images = backbone.patch, backbone.registers, about["images"]
+    state = backbone.state_dict()
     if size:
         state["pos_embed"] = backbone.interpolate_pos_encoding(size // p, size // p).detach()
     native = math.isqrt(state["pos_embed"].shape[1] - 1) * p
@@ -127,8 +117,8 @@ def write_folder(backbone, state, path, about, size):
         "model_type": "dinov2_with_registers" if registers else "dinov2",
         "hidden_size": backbone.dim,
         "num_hidden_layers": backbone.depth,
-        "num_attention_heads": about["size"][2],
-        "use_swiglu_ffn": about["size"][3] == "swiglu",
+        "num_attention_heads": about["heads"],
+        "use_swiglu_ffn": "blocks.0.mlp.w12.weight" in state,
         "layer_norm_eps": about["eps"],
         "image_size": native,
         "patch_size": p,
@@ -165,8 +155,8 @@ class Tokens(nn.Module):
         return tokens["x_norm_clstoken"], tokens["x_norm_patchtokens"]
 
 
-def write_network(backbone, path, height, width, free, about):
-    """The network as torch.export (.pt2) or ONNX, as path ends; free: for images of any size."""
+def write_network(backbone, path, size, about):
+    """The network as torch.export (.pt2) or ONNX, as path ends; size as `export` has it."""
     if path.suffix == ".onnx":
         try:
             import onnx  # noqa: F401
@@ -174,54 +164,44 @@ def write_network(backbone, path, height, width, free, about):
         except ImportError as error:
             raise UserError(f"{path}: {error}; pip install onnx onnxscript") from None
     p, Dim = backbone.patch, torch.export.Dim
-    network = Tokens(backbone, None if free else (height // p, width // p)).eval()
     dims = {0: Dim("batch", min=1)}
-    if free:
+    if free := size == "free":
         dims |= {2: p * Dim("rows", min=2), 3: p * Dim("columns", min=2)}
-        height, width = 2 * p, 3 * p  # of the example: three different sizes
-    images = torch.zeros(4, backbone.patch_embed.proj.in_channels, height, width)
+        size = 2 * p, 3 * p  # of the example: three different sizes
+    network = Tokens(backbone, None if free else (size[0] // p, size[1] // p)).eval()
+    images = torch.zeros(4, backbone.patch_embed.proj.in_channels, *size)
     with torch.no_grad():
         program = torch.export.export(network, (images,), dynamic_shapes=(dims,))
         if path.suffix == ".pt2":
-            return torch.export.save(program, path, extra_files={OURS: about})
-        names = {"input_names": ["images"], "output_names": ["cls", "patches"]}
-        model = torch.onnx.export(program, (), verbose=False, **names)
-    model.model.metadata_props[OURS] = about
-    # One ONNX file holds 2 GB; larger networks have their weights in PATH.data beside it.
-    large = sum(4 * value.numel() for value in backbone.parameters()) > 2**30
-    model.save(path, external_data=large)
-
-
-def parse(words):
-    """(size, form) of size=224, size=98x126 (height x width), size=free and format=timm."""
-    size, form = None, ""
-    for word in words:
-        key, _, value = word.partition("=")
-        numbers = value.split("x")
-        if key == "format":
-            form = value
-        elif key == "size" and value == "free":
-            size = value
-        elif key == "size" and len(numbers) <= 2 and all(n.isdecimal() for n in numbers):
-            size = int(numbers[0]), int(numbers[-1])
+            torch.export.save(program, path, extra_files={OURS: about})
         else:
-            raise UserError(f"cannot read {word!r}: write size=224, or size=98x126 (height x "
-                            f"width), size=free, or format= {', '.join(FORMS)}")  # fmt: skip
-    return size, form
+            names = {"input_names": ["images"], "output_names": ["cls", "patches"]}
+            model = torch.onnx.export(program, (), verbose=False, **names)
+            model.model.metadata_props[OURS] = about
+            # One ONNX file holds 2 GB; larger networks have their weights in PATH.data beside it.
+            large = sum(4 * value.numel() for value in backbone.parameters()) > 2**30
+            model.save(path, external_data=large)
+    shown = "any height and width" if free else f"{size[0]} x {size[1]} px"
+    return f"{path} for images of {shown}"
 
 
 @report_errors
 def main(argv):
-    if {"-h", "--help"} & set(argv) or len(argv) < 2:
+    o, words = take_options(argv, {"size": "", "format": ""})
+    if {"-h", "--help"} & set(argv) or len(words) < 2:
         print(__doc__)
         sys.exit(0 if {"-h", "--help"} & set(argv) else 2)
-    run, path, *words = argv
-    path, (size, form) = Path(path).expanduser(), parse(words)
+    run, path, *rest = words
+    if rest or not re.fullmatch(r"(\d+(x\d+)?|free)?", o.size):
+        raise UserError(f"cannot read {(rest or [o.size])[0]!r}: write size=224, or size=98x126 "
+                        f"(height x width), size=free, or format= {', '.join(FORMS)}")  # fmt: skip
+    numbers = [int(number) for number in re.findall(r"\d+", o.size)]
+    size, path = (numbers[0], numbers[-1]) if numbers else o.size, Path(path)
     backbone, cfg = load_backbone(run, with_config=True)
-    if not path.absolute().parent.is_dir():
-        raise UserError(f"{path}: cannot be written (no such folder); choose another place")
     try:
-        print(f"wrote {export(backbone, cfg, path, size, form)}")
+        if not path.absolute().parent.is_dir():  # where each library fails in its own way
+            raise FileNotFoundError("no such folder")
+        print(f"wrote {export(backbone, cfg, path, size, o.format)}")
     except (OSError, SafetensorError) as error:
         raise UserError(
             f"{path}: cannot be written ({reason(error)}); choose another place"

@@ -20,11 +20,10 @@ import time
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 from config import Config, UserError, from_dict, shown
 from parallel import warn
-from vit import SIZES, VisionTransformer, build_backbone
+from vit import SIZES, VisionTransformer
 from weights.checkpoint import read, reason
 from weights.layouts import parts_of
 
@@ -54,25 +53,24 @@ def load_backbone(path, with_config=False):
           folder of Hugging Face, or a name of RELEASED
     Returns the network, or with with_config (network, Config): for a file without one, a fitting
     one to evaluate it. Attention is `auto`, so that a run on GPUs opens anywhere. Raises UserError
-    if the file is missing, damaged, or does not hold what its config or its shapes say.
+    if the file is missing, damaged, or not of one whole network.
     """
     path = teacher_file(path)
     parts, about = contents(path)
+    known = architecture(parts["backbone"], path, about)
     with torch.device("meta"):  # shapes only: the values come from the file
-        if "config" in about:
-            cfg = from_dict(about["config"], str(path))
-            cfg.attention = "auto"
-            backbone = build_backbone(cfg)
-        else:
-            known = architecture(parts["backbone"], path, about)
-            backbone = VisionTransformer(**known)
+        backbone = VisionTransformer(**known).eval()
     fill(backbone, parts["backbone"], path, "the file is damaged, or holds another network")
     for module in backbone.modules():
         if isinstance(module, torch.nn.LayerNorm):
             module.eps = about.get("eps", module.eps)
-    if with_config and "config" not in about:
-        cfg = evaluation_config(known, about.get("images"), path)
-    return (backbone.eval(), cfg) if with_config else backbone.eval()
+    if not with_config:
+        return backbone
+    if "config" not in about:
+        return backbone, evaluation_config(known, about.get("images"), path)
+    cfg = from_dict(about["config"], str(path))
+    cfg.attention = "auto"
+    return backbone, cfg
 
 
 def fill(backbone, state, path, fix):
@@ -104,51 +102,47 @@ def architecture(state, path, about):
     """Arguments of VisionTransformer, read off the shapes of tensors under the released names.
 
     Two things have no shape, and if the file does not say them (`about`) are as in the released
-    networks. Heads: those of SIZES, else one per 64 channels. How positions are resized: see
-    `convention`.
+    networks. Heads: those of SIZES, else one per 64 channels. How positions are resized: with an
+    offset of 0.1 or, with registers, antialias.
     """
-
-    def shape(name, axes):
+    for name, axes in (PATCHES, 4), (POSITIONS, 3):
         if name not in state:
-            raise UserError(f"{path}: {name} is missing: not weights of a whole backbone")
+            raise UserError(f"{path}: not weights of a backbone by name: {name} is missing")
         if state[name].dim() != axes:
             raise UserError(f"{path}: {name} is {tuple(state[name].shape)}, not of {axes} axes")
-        return tuple(state[name].shape)
-
-    dim, channels, patch, _ = shape(PATCHES, 4)
-    side = math.isqrt(shape(POSITIONS, 3)[1] - 1)
-    shape("blocks.0.norm1.weight", 1)
-    depth = 1 + max(int(name.split(".")[1]) for name in state if re.match(r"blocks\.\d+\.", name))
-    ffn = "swiglu" if "blocks.0.mlp.w12.weight" in state else "mlp"
-    registers = shape("register_tokens", 3)[1] if "register_tokens" in state else 0
+    dim, channels, patch, _ = state[PATCHES].shape
+    side = math.isqrt(state[POSITIONS].shape[1] - 1)
+    blocks = [int(name.split(".")[1]) for name in state if name.startswith("blocks.")]
+    depth = max(blocks, default=0) + 1
+    registers = state["register_tokens"].shape[1] if "register_tokens" in state else 0
     known = {size[:2]: size[2] for size in SIZES.values()}
-    heads = known.get((dim, depth), dim // 64)
-    if "size" not in about and (not heads or dim % heads):
+    heads = about.get("heads", known.get((dim, depth), dim // 64))
+    if not heads or dim % heads:
         raise UserError(
             f"{path}: {dim} channels do not tell the number of heads; use the run folder or "
             "a file of export.py, which do"
         )
-    offset, antialias = convention(state, about)
+    ffn = "swiglu" if "blocks.0.mlp.w12.weight" in state else "mlp"
     return {
-        "size": tuple(about.get("size", (dim, depth, heads, ffn))),
+        "size": (dim, depth, heads, ffn),
         "patch": patch,
         "image_size": side * patch,
         "channels": channels,
         "registers": registers,
         "layerscale": 1e-5 if "blocks.0.ls1.gamma" in state else 0,
-        "interpolate_offset": offset,
-        "interpolate_antialias": antialias,
+        "interpolate_offset": about.get("interpolate_offset", 0.0 if registers else 0.1),
+        "interpolate_antialias": about.get("interpolate_antialias", registers > 0),
     }
 
 
-def convention(state, about):
-    """(offset, antialias) of resizing positions, as the file says; else as in released networks.
-
-    Those have an offset of 0.1 or, with registers, antialias.
-    """
-    said, registers = about.get("config", {}).get("vit", about), "register_tokens" in state
-    offset = said.get("interpolate_offset", 0.0 if registers else 0.1)
-    return offset, said.get("interpolate_antialias", registers)
+def beyond_shapes(backbone):
+    """What the shapes of a network do not tell: `about` of `architecture`, to be kept with it."""
+    return {
+        "heads": backbone.blocks[0].attn.heads,
+        "interpolate_offset": backbone.interpolate_offset,
+        "interpolate_antialias": backbone.interpolate_antialias,
+        "eps": backbone.norm.eps,
+    }
 
 
 def vit_of(known, vit):
@@ -170,7 +164,6 @@ def evaluation_config(known, images, path):
     # Differs from the official code, which evaluates in fp16 (autocast): fp32 runs everywhere.
     cfg, patch = Config(precision="fp32"), known["patch"]
     vit_of(known, cfg.vit)
-    cfg.crops.global_size = min(known["image_size"], max(round(224 / patch), 1) * patch)
     cfg.crops.local_count = 0  # there is no training; their size need not fit
     d = cfg.data
     d.channels, d.workers = known["channels"], min(d.workers, os.cpu_count() or 1)
@@ -178,6 +171,7 @@ def evaluation_config(known, images, path):
         d.mean, d.std = tuple(images["mean"]), tuple(images["std"])
         cfg.crops.global_size = max(min(images["size"]) // patch, 1) * patch
         return cfg
+    cfg.crops.global_size = min(known["image_size"], max(round(224 / patch), 1) * patch)
     if d.channels != 3:
         d.mean, d.std = (0.5,) * d.channels, (0.25,) * d.channels
     # Released files are of ImageNet's for sure.
@@ -222,8 +216,8 @@ def fetch(name):
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             socket.setdefaulttimeout(30)  # seconds of silence; without, it may wait for ever
-            show = sys.stderr.isatty()
-            torch.hub.download_url_to_file(address, str(path), RELEASED[name], progress=show)
+            bar = sys.stderr.isatty()
+            torch.hub.download_url_to_file(address, str(path), RELEASED[name], progress=bar)
         # RuntimeError: another checksum. The others are OSErrors: no internet, no place.
         except (OSError, RuntimeError) as error:
             raise UserError(
@@ -238,24 +232,16 @@ def fetch(name):
 def contents(path):
     """({part: {our name: tensor}}, what else it says) of a file of weights.
 
-    Its parts are the backbone, and the heads it has. It may say: config, of a run of ours; or
-    arguments of VisionTransformer (size, interpolate_*), images (mean, std, size) and eps.
+    Its parts are the backbone, and the heads it has. It may say: config and keys of vit.*, of a run
+    of ours; or heads, interpolate_* and eps of the network, and images (mean, std, size).
     """
-    if path.suffix == ".safetensors":
-        try:
-            with safe_open(path, "pt") as file:
-                state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-                about = beside(path) | json.loads((file.metadata() or {}).get(OURS, "{}"))
-        except (OSError, ValueError, SafetensorError) as error:
-            raise UserError(f"{path}: cannot be read ({reason(error)})") from None
-    else:
-        state = read(path)
-        if not isinstance(state, dict):
-            raise UserError(f"{path}: not weights of a backbone by name; give a file of them")
-        about = beside(path) | json.loads(getattr(state, "_metadata", {}).get(OURS, "{}"))
-        if "backbone" in state and "config" in state:
-            about = {"config": state["config"]}
-            state = {part: value for part, value in state.items() if part not in ("config", "step")}
+    state = read(path)
+    if not isinstance(state, dict):
+        raise UserError(f"{path}: not weights of a backbone by name; give a file of them")
+    about = beside(path) | json.loads(getattr(state, "_metadata", {}).get(OURS, "{}"))
+    if "backbone" in state and "config" in state:
+        about = state["config"].get("vit", {}) | {"config": state["config"]}
+        state = {part: value for part, value in state.items() if part not in ("config", "step")}
     parts = parts_of(state, path)
     if about.get("layerscale") == 0:  # Hugging Face has no network without: theirs is 1
         parts["backbone"] = {n: v for n, v in parts["backbone"].items() if ".gamma" not in n}
@@ -270,13 +256,10 @@ def beside(path):
         json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
         for file in (path.with_name("config.json"), path.with_name("preprocessor_config.json"))
     )
-    about = {"eps": cfg["layer_norm_eps"]} if "layer_norm_eps" in cfg else {}
     if cfg.get("hidden_act", "gelu") != "gelu":
         raise UserError(f"{path}: hidden_act is {cfg['hidden_act']} there, and gelu here")
-    if "num_attention_heads" in cfg:
-        ffn = "swiglu" if cfg.get("use_swiglu_ffn") else "mlp"
-        shape = "hidden_size", "num_hidden_layers", "num_attention_heads"
-        about["size"] = [*(cfg[key] for key in shape), ffn]
+    names = {"layer_norm_eps": "eps", "num_attention_heads": "heads"}
+    about = {ours: cfg[theirs] for theirs, ours in names.items() if theirs in cfg}
     if timm := cfg.get("pretrained_cfg"):
         size = dict(enumerate(timm["input_size"][1:]))
         images = {"image_mean": timm["mean"], "image_std": timm["std"], "size": size}

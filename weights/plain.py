@@ -16,16 +16,12 @@ import vit
 
 
 class Attention(vit.Attention):
-    num_heads = property(lambda self: self.heads)
-
     def forward(self, x):
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
 
 class Block(vit.Block):
-    drop_path = 0.0
-
     def forward(self, x, packing=None):
         if packing is not None:  # tokens in one row, from get_intermediate_layers
             return self.forward(x.unflatten(0, packing.groups[0])).flatten(0, 1)
@@ -41,14 +37,8 @@ class Block(vit.Block):
 
 
 class DinoVisionTransformer(vit.VisionTransformer):
-    """The backbone under the names of the official class, too."""
+    """The backbone with the methods of the official class, too."""
 
-    patch_size = property(lambda self: self.patch)
-    num_features = property(lambda self: self.dim)
-    n_blocks = property(lambda self: self.depth)
-    num_heads = property(lambda self: self.blocks[0].attn.heads)
-    num_register_tokens = property(lambda self: self.registers)
-    num_tokens, chunked_blocks = 1, False
     prepare_tokens_with_masks = vit.VisionTransformer.prepare_tokens
 
     def interpolate_pos_encoding(self, rows, columns):
@@ -110,8 +100,11 @@ def plain(backbone):
     for module in net.modules():
         module.__class__ = PLAIN.get(type(module), type(module))
     for block, rate in zip(net.blocks, net.drop_path, strict=True):
-        block.drop_path = rate
-    net.head = nn.Identity()
+        block.drop_path, block.attn.num_heads = rate, block.attn.heads
+    # What code for the official class reads.
+    net.patch_size, net.num_features, net.num_tokens = net.patch, net.dim, 1
+    net.n_blocks, net.chunked_blocks, net.num_register_tokens = net.depth, False, net.registers
+    net.num_heads, net.head = net.blocks[0].attn.heads, nn.Identity()
     net.patch_embed.patch_size = (net.patch, net.patch)
     net.patch_embed.num_patches = net.pos_embed.shape[1] - 1
     net.side = round(net.patch_embed.num_patches**0.5)

@@ -16,7 +16,7 @@ import torch
 from config import UserError
 from parallel import put
 from vit import resize_positions
-from weights.load import PATCHES, POSITIONS, contents, convention, fitting, teacher_file
+from weights.load import PATCHES, POSITIONS, architecture, contents, fitting, teacher_file
 
 SAME = "vit.size, vit.patch, vit.registers and vit.ffn must be those of the file"
 HEADS = "the keys of head.* must be those of the file"
@@ -30,21 +30,21 @@ def start_from(cfg, *networks):
     path = teacher_file(cfg.init_from)
     title = f"init_from={path}"
     parts, about = contents(path)
-    its = convention(parts["backbone"], about)
+    its = architecture(parts["backbone"], title, about)
+    how = its["interpolate_offset"], its["interpolate_antialias"]
     if not cfg.init_heads:
         parts = {"backbone": parts["backbone"]}
     elif len(parts) == 1:
         raise UserError(
             f"{title} has no heads: set init_heads=false, and head_steps to train fresh ones first"
         )
-    notes = [str(path), *put_parts(networks, parts, its, title)]
-    if its != (cfg.vit.interpolate_offset, cfg.vit.interpolate_antialias):
-        offset, antialias = its[0], str(its[1]).lower()
-        notes.append(f"which was trained with vit.interpolate_offset={offset} and "
-                     f"vit.interpolate_antialias={antialias}: set both")  # fmt: skip
-    fed = about.get("config", {}).get("data", about.get("images")) or {}
-    for key in ("mean", "std"):
-        if list(fed.get(key, getattr(cfg.data, key))) != list(getattr(cfg.data, key)):
+    notes = [str(path), *put_parts(networks, parts, how, title)]
+    if how != (cfg.vit.interpolate_offset, cfg.vit.interpolate_antialias):
+        notes.append(f"which was trained with vit.interpolate_offset={how[0]} and "
+                     f"vit.interpolate_antialias={str(how[1]).lower()}: set both")  # fmt: skip
+    fed = about.get("config", {}).get("data", about.get("images", {}))
+    for key, ours in ("mean", cfg.data.mean), ("std", cfg.data.std):
+        if list(fed.get(key, ours)) != list(ours):
             notes.append(f"which was trained with data.{key}={fed[key]}")
     whose = "those of the file" if cfg.init_heads else "new"
     return f"starts from {', '.join(notes)}; the heads are {whose}"
@@ -78,15 +78,15 @@ def adapt(state, shapes, how, title, fix=SAME):
     """
     state, notes = dict(state), []
     value, shape = state.get(POSITIONS), shapes.get(POSITIONS)
-    if value is not None and shape and value.dim() == 3 and value.shape[1] != shape[1]:
-        old, new = (round((s[1] - 1) ** 0.5) for s in (value.shape, shape))
+    if value is not None and shape and value.shape[1] != shape[1]:
+        old, new = (round((count - 1) ** 0.5) for count in (value.shape[1], shape[1]))
         if old**2 + 1 == value.shape[1]:  # else it is refused below
             state[POSITIONS] = resize_positions(value.float(), new, new, *how)
             notes.append(f"positions {old} x {old} resized to {new} x {new}")
     value, shape = state.get(PATCHES), shapes.get(PATCHES)
-    if value is not None and shape and value.dim() == 4 and value.shape[1] != shape[1]:
-        notes.append(f"{value.shape[1]} input channels made {shape[1]}")
+    if value is not None and shape and value.shape[1] != shape[1]:
         state[PATCHES] = to_channels(value.float(), shape[1])
+        notes.append(f"{value.shape[1]} input channels made {shape[1]}")
     return fitting(state, shapes, title, fix), notes
 
 
@@ -99,8 +99,7 @@ def to_channels(weight_DCPP, channels):
     a grey one, gives the same patch tokens.
     """
     C = weight_DCPP.shape[1]
+    i = torch.arange(max(channels, C))
     share_cC = torch.zeros(channels, C)
-    for i in range(max(channels, C)):
-        share_cC[i % channels, i % C] = 1
-    share_cC = share_cC / share_cC.sum(dim=0)
-    return torch.einsum("cC,DCpq->Dcpq", share_cC, weight_DCPP)
+    share_cC[i % channels, i % C] = 1
+    return torch.einsum("cC,DCpq->Dcpq", share_cC / share_cC.sum(dim=0), weight_DCPP)
