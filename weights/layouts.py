@@ -16,8 +16,8 @@ import torch
 from config import UserError
 from weights.checkpoint import flat
 
-KNOWN = "DINOv2, DINO, iBOT, timm (vit_*_dinov2, vit_*_dino), Hugging Face (Dinov2, ViT)"
-
+# Below the others stand its ViTModel, which holds the networks of DINO, and how transformers 5
+# names both in memory.
 HUGGING_FACE = """
     cls_token             embeddings.cls_token
     mask_token            embeddings.mask_token
@@ -35,9 +35,6 @@ HUGGING_FACE = """
     blocks.#.mlp.w3       encoder.layer.#.mlp.weights_out
     blocks.#.ls2.gamma    encoder.layer.#.layer_scale2.lambda1
     norm                  layernorm
-"""
-# Its ViTModel, which holds the networks of DINO; and how transformers 5 names both in memory.
-HUGGING_FACE_TOO = """
     blocks.#.norm1        encoder.layer.#.layernorm_before
     blocks.#.norm2        encoder.layer.#.layernorm_after
     blocks.#.mlp.fc1      encoder.layer.#.intermediate.dense
@@ -83,7 +80,7 @@ def rows(table):
 def read_table():
     """{their name: (our name, number of the piece)}."""
     ours = [(name, [name]) for name, _ in rows(HUGGING_FACE)]
-    tables = [*rows(HUGGING_FACE), *rows(HUGGING_FACE_TOO), *rows(TIMM), *rows(IBOT), *ours]
+    tables = [*rows(HUGGING_FACE), *rows(TIMM), *rows(IBOT), *ours]
     return {their: (name, i) for name, theirs in tables for i, their in enumerate(theirs)}
 
 
@@ -99,8 +96,11 @@ def parts_of(tree, path):
 
     Raises UserError naming the first key that no layout knows.
     """
-    state = {cleaned(name): value for name, value in flat(tree).items()}
-    state.pop("", None)
+    state = {}
+    for name, value in flat(tree).items():
+        for pattern, plain in CLEAN:
+            name = re.sub(pattern, plain, name)
+        state |= {name: value} if name else {}
     # It may lie deep, with the other network and the optimiser beside it.
     while inside := [prefix for prefix in INSIDE if any(name.startswith(prefix) for name in state)]:
         state = {n[len(inside[0]) :]: v for n, v in state.items() if n.startswith(inside[0])}
@@ -121,16 +121,10 @@ def parts_of(tree, path):
     return parts | {"backbone": backbone_of(parts["backbone"], path)}
 
 
-def cleaned(name):
-    for pattern, plain in CLEAN:
-        name = re.sub(pattern, plain, name)
-    return name
-
-
 def unknown(name, path):
     return UserError(
-        f"{path}: not weights of a backbone by name: {name} is in none of the known layouts "
-        f"({KNOWN})"
+        f"{path}: not weights of a backbone by name: {name} is in none of the known layouts (DINO, "
+        "DINOv2, iBOT, timm (vit_*_dinov2, vit_*_dino), Hugging Face (Dinov2, ViT))"
     )
 
 
@@ -167,7 +161,7 @@ def backbone_of(state, path):
 
 def renamed(state, table):
     """The tensors of a backbone of ours under the names of a table; others keep theirs."""
-    names, out = dict(rows(table)), {}
+    names, out = dict([*rows(table)][::-1]), {}  # of several rows, the first
     for name, value in state.items():
         pattern, ending, number = take_apart(name)
         theirs = names.get(pattern, [pattern])

@@ -49,8 +49,6 @@ RELEASED = {
 def load_backbone(path, with_config=False):
     """The trained backbone of a run, of a file, or released under a name; in eval mode, strict.
 
-    path  RUN (its teacher.pt), such a file, one in a layout of layouts.py (.pth, .safetensors), a
-          folder of Hugging Face, or a name of RELEASED
     Returns the network, or with with_config (network, Config): for a file without one, a fitting
     one to evaluate it. Attention is `auto`, so that a run on GPUs opens anywhere. Raises UserError
     if the file is missing, damaged, or not of one whole network.
@@ -81,17 +79,16 @@ def fill(backbone, state, path, fix):
 
 def fitting(state, shapes, title, fix):
     """The tensors in fp32. Raises UserError unless they have just these names and shapes."""
-    for problem, names in (
-        ("is missing", [name for name in shapes if name not in state]),
-        ("has no place in this network", [name for name in state if name not in shapes]),
-    ):
-        if names:
-            more = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
-            raise UserError(f"{title}: {names[0]} {problem}{more}; {fix}")
-    for name, shape in shapes.items():
-        if state[name].shape != shape:
-            found = tuple(state[name].shape)
-            raise UserError(f"{title}: {name} is {found}, here it is {tuple(shape)}; {fix}")
+    for name in [*shapes, *state]:
+        if name not in state:
+            problem = "is missing"
+        elif name not in shapes:
+            problem = "has no place in this network"
+        elif state[name].shape != shapes[name]:
+            problem = f"is {tuple(state[name].shape)}, here it is {tuple(shapes[name])}"
+        else:
+            continue
+        raise UserError(f"{title}: {name} {problem}; {fix}")
     return {name: value.float() for name, value in state.items()}
 
 
@@ -147,11 +144,10 @@ def beyond_shapes(backbone):
 
 def vit_of(known, vit):
     """Write into a section cfg.vit what network `architecture` has found."""
-    size = known["size"]
-    names = [name for name, its in SIZES.items() if its[:3] == size[:3]]
-    vit.size, vit.ffn = names[0] if names else f"{size[0]} x {size[1]}", size[3]
-    keys = "patch", "registers", "layerscale", "interpolate_offset", "interpolate_antialias"
-    for key in keys:
+    dim, depth, heads, vit.ffn = known["size"]
+    names = [name for name, size in SIZES.items() if size[:3] == (dim, depth, heads)]
+    vit.size = names[0] if names else f"{dim} x {depth}"
+    for key in vars(vit).keys() & known.keys() - {"size"}:
         setattr(vit, key, known[key])
 
 

@@ -4,9 +4,8 @@
     init_heads=true              with the heads, which a run folder or teacher.pt of ours has
     head_steps=1000              or fresh heads, trained first while the backbone is frozen
 
-It is read as by weights.load_backbone: a run folder, a file, or the name of a released network.
-Names are strict: one that is missing, too many, or of another shape is an error that says so. Two
-things may differ and are adapted: the grid of positions and the number of input channels.
+It is read as by load.py, where names and shapes are strict. Two things may differ and are adapted:
+the grid of positions and the number of input channels.
 
 Shapes:  C input channels   N patches   D channels of the network
 """
