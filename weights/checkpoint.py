@@ -102,8 +102,9 @@ class Checkpoints:
         for folder in reversed(folders):
             card, problem = verified(folder, self.group)
             if problem:
-                words = f"{folder}: damaged ({problem}); trying the checkpoint before it"
-                print(f"warning: {words}\n" if ranks()[0] == 0 else "", end="")
+                if ranks()[0] == 0:
+                    words = f"damaged ({problem}); trying the checkpoint before it"
+                    print(f"warning: {folder}: {words}", flush=True)
                 continue
             check_same(card, self.cfg, self.images)
             reader = dcp.HuggingFaceStorageReader(str(folder))
