@@ -180,6 +180,7 @@ class Reporter:
 
     def write(self, line):
         # Six digits are enough for a log, and json has no word for nan and inf but null.
+        line = dict(line)  # the caller goes on with the numbers as they are
         for key, value in line.items():
             if isinstance(value, float):
                 line[key] = float(f"{value:.6g}") if math.isfinite(value) else None

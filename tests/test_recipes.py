@@ -29,7 +29,7 @@ def test_a_card_states_what_hardware_time_result_and_command(name):
     cfg, head = card(name)
     for entry in ("what", "hardware", "time", "reaches", "command"):
         assert re.search(rf"^#   {entry} +\S", head, re.MULTILINE), entry
-    assert f"torchrun train.py {name}.yaml" in head
+    assert f"python train.py {name}.yaml" in head
     if "not measured" not in head:
         assert re.search(r"k-NN \d\d\.\d", head) and re.search(r"minutes", head)
         assert f"{cfg.steps * cfg.batch:,} images" in head
@@ -48,7 +48,7 @@ def test_data_that_were_changed_upstream_are_said_to_be(name):
 @pytest.mark.parametrize("name", ["configs/cifar10_gpu", "configs/imagenette_gpu"])
 def test_what_no_gpu_has_measured_says_so_and_its_arithmetic_is_right(name):
     cfg, head = card(name)
-    assert head.count("not measured") == 3
+    assert re.search(r"^#   reaches .*not measured$", head, re.MULTILINE)
     total, images = cfg.steps * cfg.batch, IMAGES[name.split("/")[1].split("_")[0]]
     epochs = int(re.search(r"(\d+) epochs", head)[1])
     assert total / images == pytest.approx(epochs, rel=0.005)
