@@ -19,7 +19,7 @@ from weights.plain import plain as _plain
 
 dependencies = ["torch", "numpy", "yaml", "tqdm", "safetensors"]
 _SIZES = {"s": "small", "b": "base", "l": "large", "g": "giant2"}
-# Keyword of the official constructor: ours.
+# Keyword of the official constructor: ours. (interpolate_* and drop_path_uniform are the same.)
 _OPTIONS = {
     "img_size": "image_size",
     "patch_size": "patch",
@@ -27,9 +27,6 @@ _OPTIONS = {
     "num_register_tokens": "registers",
     "init_values": "layerscale",
     "drop_path_rate": "drop_path",
-    "drop_path_uniform": "drop_path_uniform",
-    "interpolate_offset": "interpolate_offset",
-    "interpolate_antialias": "interpolate_antialias",
     "ffn_layer": "ffn",
 }
 

@@ -23,13 +23,11 @@ from collections import OrderedDict
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import nn
 
-from config import UserError, report_errors, take_options
+from config import UserError, report_errors, take_options, writing
 from parallel import warn
-from weights.checkpoint import reason
 from weights.layouts import HUGGING_FACE, TIMM, renamed
 from weights.load import OURS, beyond_shapes, load_backbone
 from weights.plain import plain
@@ -72,13 +70,13 @@ def export(backbone, cfg, path, size=None, form=""):
 
 def write_weights(state, path, about):
     """Tensors by name, and what they do not tell in the metadata."""
-    if path.suffix == ".safetensors":  # transformers asks for the word in "format"
+    about = {"format": "pt", OURS: json.dumps(about)}  # transformers asks for the first word
+    if path.suffix == ".safetensors":
         state = {name: value.contiguous() for name, value in state.items()}
-        save_file(state, path, {"format": "pt", OURS: json.dumps(about)})
+        path.write_bytes(save(state, about))
     else:
-        # What PyTorch keeps beside the tensors of a state dict, and carries along.
         state = OrderedDict(state)
-        state._metadata = {OURS: json.dumps(about)}
+        state._metadata = about  # which PyTorch keeps beside a state dict, and carries along
         torch.save(state, path)
     return str(path)
 
@@ -198,14 +196,9 @@ def main(argv):
     numbers = [int(number) for number in re.findall(r"\d+", o.size)]
     size, path = (numbers[0], numbers[-1]) if numbers else o.size, Path(path)
     backbone, cfg = load_backbone(run, with_config=True)
-    try:
-        if not path.absolute().parent.is_dir():  # where each library fails in its own way
-            raise FileNotFoundError("no such folder")
+    with writing(path):
+        path.absolute().parent.stat()  # without a folder, each library fails in its own way
         print(f"wrote {export(backbone, cfg, path, size, o.format)}")
-    except (OSError, SafetensorError) as error:
-        raise UserError(
-            f"{path}: cannot be written ({reason(error)}); choose another place"
-        ) from None
 
 
 if __name__ == "__main__":
