@@ -23,7 +23,7 @@ import torch
 
 from config import Config, UserError, from_dict, shown
 from parallel import warn
-from vit import SIZES, VisionTransformer
+from vit import SIZES, VisionTransformer, build_backbone
 from weights.checkpoint import read, reason
 from weights.layouts import parts_of
 
@@ -51,24 +51,25 @@ def load_backbone(path, with_config=False):
 
     Returns the network, or with with_config (network, Config): for a file without one, a fitting
     one to evaluate it. Attention is `auto`, so that a run on GPUs opens anywhere. Raises UserError
-    if the file is missing, damaged, or not of one whole network.
+    if the file is missing, damaged, or does not hold what its config or its shapes say.
     """
     path = teacher_file(path)
     parts, about = contents(path)
-    known = architecture(parts["backbone"], path, about)
     with torch.device("meta"):  # shapes only: the values come from the file
-        backbone = VisionTransformer(**known).eval()
+        if "config" in about:
+            cfg = from_dict(about["config"], str(path))
+            cfg.attention = "auto"
+            backbone = build_backbone(cfg)  # even its initial values are those of the run
+        else:
+            known = architecture(parts["backbone"], path, about)
+            backbone = VisionTransformer(**known)
     fill(backbone, parts["backbone"], path, "the file is damaged, or holds another network")
     for module in backbone.modules():
         if isinstance(module, torch.nn.LayerNorm):
             module.eps = about.get("eps", module.eps)
-    if not with_config:
-        return backbone
-    if "config" not in about:
-        return backbone, evaluation_config(known, about.get("images"), path)
-    cfg = from_dict(about["config"], str(path))
-    cfg.attention = "auto"
-    return backbone, cfg
+    if with_config and "config" not in about:
+        cfg = evaluation_config(known, about.get("images"), path)
+    return (backbone.eval(), cfg) if with_config else backbone.eval()
 
 
 def fill(backbone, state, path, fix):
