@@ -6,10 +6,12 @@ That a continued run is equal bit for bit is in test_train.py, and on several ra
 test_parallel.py.
 """
 
+import json
 import pickle
 import shutil
 import signal
 import zipfile
+import zlib
 
 import pytest
 import torch
@@ -147,6 +149,19 @@ def test_a_file_that_is_no_teacher_is_one_line(tmp_path):
 
 
 # ---- the same run? ------------------------------------------------------------------------------
+
+
+def test_a_checkpoint_of_an_earlier_version_continues(tmp_path, out, photos):
+    """Its card knows neither the images nor later keys; a file has its size and CRC-32."""
+    for folder in checkpoints(out):
+        card = json.loads((folder / "run.json").read_text())
+        for name, (size, crc) in card["files"].items():
+            data = (folder / name).read_bytes()
+            assert (size, crc) == (len(data), zlib.crc32(data))
+        del card["images"], card["config"]["log"]["knn"], card["config"]["optim"]["clip_by"]
+        (folder / "run.json").write_text(json.dumps(card))
+    done = run(tmp_path, tiny(out, photos))
+    assert done.code == 0 and "continues after step 8" in done.out, done.err
 
 
 def test_a_data_set_that_was_moved_continues(tmp_path, out, photos):

@@ -25,6 +25,7 @@ import re
 import shutil
 import warnings
 import zipfile
+import zlib
 from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -188,9 +189,12 @@ def discard(folder):
 
 
 def checksum(path):
-    """SHA-256 of a file."""
+    """[bytes, CRC-32] of a file."""
+    crc = 0
     with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        while chunk := file.read(2**22):
+            crc = zlib.crc32(chunk, crc)
+    return [path.stat().st_size, crc]
 
 
 def reason(error):
@@ -278,7 +282,7 @@ def check_same(card, cfg, images):
                 fix = f"init_from={cfg.out} there to go on from this one, which is finished"
             raise UserError(f"{cfg.out} was started with {key}={before}, now it is {now}: "
                             f"use another out= for a new run, or {fix}")  # fmt: skip
-    if card["images"] != images:
+    if card.get("images", images) != images:  # a card may be older than this entry
         raise UserError(f"{cfg.out} was started with other images: {card['images'][0]}, now "
                         f"{images[0]} or of other names in {cfg.data.root}: use another out= for "
                         "a new run")  # fmt: skip
