@@ -115,8 +115,9 @@ def architecture(state, path, about):
     registers = state["register_tokens"].shape[1] if "register_tokens" in state else 0
     known = {size[:2]: size[2] for size in SIZES.values()}
     guess = known.get((dim, depth), dim // 64)
-    # Older files of ours say it as the third number of `size`.
-    heads = about.get("heads", about["size"][2] if "size" in about else guess)
+    if isinstance(about.get("size"), list | tuple):  # how older files of ours say it
+        guess = about["size"][2]
+    heads = about.get("heads", guess)
     if not heads or dim % heads:
         raise UserError(
             f"{path}: {dim} channels do not tell the number of heads; use the run folder or "
