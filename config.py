@@ -47,7 +47,7 @@ def writing(what, fix="choose another place"):
 def replace_text(path, text):
     """Write a text file whole or not at all."""
     aside = Path(f"{path}.{os.getpid()}.part")
-    aside.write_text(text, encoding="utf-8")
+    aside.write_text(text, encoding="utf-8", errors="surrogateescape")  # names in any encoding
     os.replace(aside, path)
 
 

@@ -35,6 +35,7 @@ from images.sources import open_source, reason
 from parallel import progress, warn
 
 OPTIONS = {"limit": 0, "to": "", "short": 0, "per_shard": 10_000}
+SHOWN = 10  # damaged images that are named here; all are in a file if one is asked for
 
 
 def parse(argv):
@@ -53,17 +54,10 @@ def parse(argv):
     return cfg, options
 
 
-def ordered(task, numbers, cfg, what):
+def in_workers(task, numbers, cfg, what):
     """task(i) for each number, in order, worked out by the data workers, with a bar."""
-    options = worker_options(cfg) | {"batch_size": 16, "collate_fn": partial(apply, task)}
-    with progress(desc=what, total=len(numbers), unit=" images") as bar:
-        for results in DataLoader([*numbers], **options):
-            yield from results
-            bar.update(len(results))
-
-
-def apply(task, numbers):
-    return [task(i) for i in numbers]
+    results = DataLoader(numbers, batch_size=None, collate_fn=task, **worker_options(cfg))
+    return progress(results, desc=what, unit=" images")
 
 
 # ---- index --------------------------------------------------------------------------------------
@@ -92,54 +86,46 @@ def print_left_out(source):
 
 
 def measure(source, i):
-    """What one image adds to the statistics, or why it is damaged."""
+    """(shorter side, kind of values, mean, mean square) of one image; one line if it is damaged."""
     try:
         image = source.read(i)
     except Exception as error:
-        return {"damaged": f"{source.name(i)}: {reason(error)}"}
+        return f"{source.name(i)}: {reason(error)}"
     values = resize(image, *image.shape[:2])  # as it is; more than 8 bits become 0..1
     values = values.reshape(-1, values.shape[2]) / (255 if values.dtype == np.uint8 else 1)
     mean, square = values.mean(0, np.float64), np.square(values).mean(0, np.float64)
-    return {"side": min(image.shape[:2]), "dtype": image.dtype, "mean": mean, "square": square}
+    return min(image.shape[:2]), str(image.dtype), mean, square
 
 
 def show_stats(cfg, options):
     """Mean and std over all pixels, where each image counts the same, large or small."""
     source = open_source(cfg.data.root, cfg)
-    n = min(options.limit or len(source), len(source))
-    order = Order(len(source), seed=0)
-    numbers = range(n) if n == len(source) else [order[p] for p in range(n)]
-    results = list(ordered(partial(measure, source), numbers, cfg, "measuring"))
-    damaged = [result["damaged"] for result in results if "damaged" in result]
-    good = [result for result in results if "damaged" not in result]
-    kinds = Counter(str(result["dtype"]) for result in good)
+    n, order = min(options.limit or len(source), len(source)), Order(len(source), seed=0)
+    numbers = sorted(order[p] for p in range(n))
+    results = list(in_workers(partial(measure, source), numbers, cfg, "measuring"))
+    damaged = [result for result in results if isinstance(result, str)]
+    good = [result for result in results if not isinstance(result, str)]
+    kinds = Counter(kind for _, kind, *_ in good)
     print(f"images    {n:,}, {', '.join(f'{count:,} {kind}' for kind, count in kinds.items())}")
     print_left_out(source)
     if good:
-        sides, means, squares = (
-            np.array([r[key] for r in good]) for key in ("side", "mean", "square")
-        )
-        mean = means.mean(axis=0)
-        std = np.sqrt(np.maximum(squares.mean(axis=0) - mean**2, 0))
+        sides, _, means, squares = zip(*good, strict=True)
+        mean = np.mean(means, axis=0)
+        std = np.sqrt(np.maximum(np.mean(squares, axis=0) - mean**2, 0))
         low, middle, high = np.quantile(sides, (0, 0.5, 1)).astype(int)
         print(f"size      shorter side {low} to {high} px, median {middle}")
         print(f"channels  data.channels={len(mean)}")
         print(f"colour    data.mean={mean.round(4).tolist()} data.std={std.round(4).tolist()}")
-    name_damaged(damaged, options.to)
+    print(f"damaged   {len(damaged):,}" + (f", named in {options.to}" if options.to else ""))
+    if options.to:
+        with config.writing(options.to):
+            replace_text(options.to, "".join(f"{line}\n" for line in damaged))
+    else:
+        more = [f"and {len(damaged) - SHOWN:,} more; to=damaged.txt lists them all"]
+        for line in damaged[:SHOWN] + more * (len(damaged) > SHOWN):
+            print(f"          {line}")
     if len(damaged) > most_damaged(cfg, n):
         print(f"a run would stop: that is more than data.max_damaged={cfg.data.max_damaged:g}")
-
-
-def name_damaged(damaged, path, shown=10):
-    """The first ones here, all in a file if one is asked for."""
-    print(f"damaged   {len(damaged):,}" + (f", named in {path}" if damaged and path else ""))
-    if damaged and path:
-        with config.writing(path):
-            Path(path).write_text("\n".join(damaged) + "\n", errors="surrogateescape")
-    elif damaged:
-        more = [f"and {len(damaged) - shown:,} more; to=damaged.txt lists them all"]
-        for line in damaged[:shown] + more * (len(damaged) > shown):
-            print(f"          {line}")
 
 
 # ---- pack ---------------------------------------------------------------------------------------
@@ -152,14 +138,12 @@ def show_pack(cfg, options):
     source, folder = open_source(cfg.data.root, cfg), Path(options.to)
     plan = {"source": os.path.abspath(cfg.data.root), "images": len(source)}
     plan |= {key: getattr(options, key) for key in ("short", "per_shard")}
+    plan, plan_file = json.dumps(plan, indent=1), folder / "pack.json"
     with config.writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        plan_file = folder / "pack.json"
-        if plan_file.exists() and json.loads(plan_file.read_text()) != plan:
-            raise UserError(f"{folder}: is of another pack command; choose another folder")
-        if not plan_file.exists() and any(folder.iterdir()):
-            raise UserError(f"{folder}: is not empty; choose another folder")
-        replace_text(plan_file, json.dumps(plan, indent=1))
+        if any(folder.iterdir()) and not (plan_file.exists() and plan_file.read_text() == plan):
+            raise UserError(f"{folder}: holds other things; choose another folder")
+        replace_text(plan_file, plan)
         if source.classes:
             replace_text(folder / "classes.txt", "".join(f"{name}\n" for name in source.classes))
         damaged = pack(source, folder, options.short, options.per_shard, cfg)
@@ -179,7 +163,7 @@ def pack(source, folder, short, per_shard, cfg):
             continue
         aside = path.with_suffix(".part")
         numbers = range(start, min(start + per_shard, len(source)))
-        members = ordered(partial(member, source, short), numbers, cfg, path.name)
+        members = in_workers(partial(member, source, short), numbers, cfg, path.name)
         with tarfile.open(aside, "w") as tar:
             for i, (name, data) in zip(numbers, members, strict=True):
                 if data is None:
@@ -200,28 +184,26 @@ def add(tar, name, data):
 
 
 def member(source, short, i):
-    """(name in the shard, bytes) of one image; (its name, None) if it has to be read and cannot."""
-    parts = [p for p in PurePosixPath(source.name(i)).parts if p not in ("/", "..")]
-    stem, _, ending = parts[-1].rpartition(".")
-    ending = ending.lower()
+    """(name in the shard, bytes) of one image; (its name and what is wrong, None) if damaged."""
+    path = PurePosixPath(source.name(i))
+    ending = path.suffix.lower()
+    folders = [part for part in path.parts[:-1] if part not in ("/", "..")]
     # The key of a sample ends at the first dot. The number keeps a.jpg and a.png apart.
-    key = "/".join([*parts[:-1], f"{(stem or ending).replace('.', '_')}-{i:08d}"])
-    data = source.data(i) if hasattr(source, "data") else None
-    if data is not None and not short:
-        return f"{key}.{ending}", data
+    key = "/".join([*folders, f"{path.stem.replace('.', '_')}-{i:08d}"])
     try:
-        image = source.read(i)
+        data = source.data(i)
+        image = source.read(i) if short or data is None else None
     except Exception as error:
-        return f"{source.name(i)}: {reason(error)}", None
+        return f"{path}: {reason(error)}", None
+    if data is not None and (not short or min(image.shape[:2]) <= short):
+        return key + ending, data
     height, width = image.shape[:2]
-    if data is not None and min(height, width) <= short:
-        return f"{key}.{ending}", data
     if short and min(height, width) > short:
         scale, kept = short / min(height, width), image.dtype
         image = resize(image, round(height * scale), round(width * scale))
         if kept != image.dtype and kept.kind in "ui":  # resized in 0..1
             image = (image.clip(-1, 1) * np.iinfo(kept).max).round().astype(kept)
-    return encode(image, key, jpeg=ending in ("jpg", "jpeg", "jfif"))
+    return encode(image, key, jpeg=ending in (".jpg", ".jpeg", ".jfif"))
 
 
 def encode(image, key, jpeg):

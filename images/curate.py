@@ -229,7 +229,7 @@ def main(argv):
 def report(pool, fate, o, curated):
     """Write list.txt, why.csv and report.json, and print how many images met each fate, and why."""
     out, root, paths = Path(o.out), Path(pool.source.root).absolute(), []
-    with open(out / "why.csv", "w", newline="", errors="surrogateescape") as file:
+    with open(out / "why.csv", "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
         rows = csv.writer(file)
         rows.writerow(["path", "fate", "because of", "cosine"])
         for i, f in enumerate(fate):
@@ -237,7 +237,7 @@ def report(pool, fate, o, curated):
             rows.writerow([pool.source.name(i), f.kind, *why])
             if f.kind == KEPT:
                 paths.append(f"{root / pool.source.name(i)}\n")
-    (out / "list.txt").write_text("".join(paths), errors="surrogateescape")
+    replace_text(out / "list.txt", "".join(paths))
     reasons = {
         KEPT: f"nearest {o.keep} of {curated:,} curated images" if curated else "all that is left",
         COPY: f"cosine above {o.threshold}, likeness above {o.likeness}; one of each group stays",

@@ -230,7 +230,7 @@ def with_class_names(index, path):
     """`pack` writes the names of the classes beside the shards, one a line: .cls holds numbers."""
     if not path.exists() or not index.classes:
         return index
-    names = path.read_text(encoding="utf-8").splitlines()
+    names = path.read_text(encoding="utf-8", errors="surrogateescape").splitlines()
     if not all(c.isdecimal() and int(c) < len(names) for c in index.classes):
         raise UserError(f"{path}: {len(names)} names do not fit the .cls of the shards")
     table = np.array([*map(int, index.classes), -1], np.int32)  # -1 is the last

@@ -78,6 +78,9 @@ class Source:
     def label(self, i):
         return int(self.labels[i])
 
+    def data(self, i):
+        """The bytes of its file, as they are; None without one."""
+
 
 class Arrays(Source):
     """Images that lie in one array (N, H, W, C)."""
@@ -124,7 +127,6 @@ class Files(Source):
         )
 
     def data(self, i):
-        """The bytes of one file, as they are."""
         if not self.index.shards:
             return Path(self.root, self.name(i)).read_bytes()
         shard, offset, size = map(int, self.index.slices[i])
