@@ -5,13 +5,13 @@ Run: pytest tests/test_images_reader.py        (seconds; files are made in memor
 
 import io
 import struct
+import sys
 import zlib
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from images import deep
 from images.reader import read_image
 
 SHAPE = 20, 16  # rows, columns
@@ -125,6 +125,8 @@ def test_a_png_of_sixteen_bits_keeps_them(channels):
     assert np.array_equal(read_image(deep_png(pixels), channels), pixels)
     colour = pixels[:, :, : 3 if channels > 2 else 1]  # without opacity
     assert np.array_equal(read_image(deep_png(pixels), 3), np.broadcast_to(colour, (*SHAPE, 3)))
+    opacity = read_image(deep_png(pixels), 4)[:, :, 3]
+    assert np.array_equal(opacity, pixels[:, :, -1] if channels in (2, 4) else opacity * 0 + 65535)
 
 
 RGBX = {"photometric": "rgb", "extrasamples": ["unspecified"]}
@@ -173,6 +175,6 @@ def test_where_zero_is_white_it_is_turned_round():
 
 def test_without_tifffile_the_error_says_what_to_install(monkeypatch):
     data = tiff(values(np.uint16, 3))
-    monkeypatch.setattr(deep, "tifffile", None)
+    monkeypatch.setitem(sys.modules, "tifffile", None)
     with pytest.raises(ValueError, match="needs: pip install tifffile"):
         read_image(data)
