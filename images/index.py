@@ -147,23 +147,23 @@ def find_images(root):
         warn(f"{error.filename} is left out: {error.strerror}")
         left_out["unreadable folder"] += 1
 
-    with progress(desc=f"searching {root}", unit=" images") as bar:
-        for path, below, files in os.walk(root, onerror=unreadable, followlinks=True):
-            status = os.stat(path)
-            # Links to folders are followed; one that leads back up would go round for ever.
-            if (status.st_dev, status.st_ino) in seen:
-                below.clear()
-                continue
-            seen.add((status.st_dev, status.st_ino))
-            folders.append(path)
-            left_out += Counter(f"folder {name}" for name in below if name in JUNK)
-            below[:] = sorted(n for n in below if n not in JUNK and not n.startswith("."))
-            files = sorted(n for n in files if not n.startswith("."))  # as macOS leaves behind
-            folder = os.path.relpath(path, root) if path != root else ""
-            images = [name for name in files if name.lower().endswith(EXTENSIONS)]
-            left_out += Counter(kind_of(n) for n in files if not n.lower().endswith(EXTENSIONS))
-            found += [os.path.join(folder, name) for name in images]
-            bar.update(len(images))
+    walk = os.walk(root, onerror=unreadable, followlinks=True)
+    for path, below, files in progress(walk, desc=f"searching {root}", unit=" folders"):
+        status = os.stat(path)
+        # Links to folders are followed; one that leads back up would go round for ever.
+        if (status.st_dev, status.st_ino) in seen:
+            below.clear()
+            continue
+        seen.add((status.st_dev, status.st_ino))
+        folders.append(path)
+        left_out += Counter(f"folder {name}" for name in below if name in JUNK)
+        below[:] = sorted(n for n in below if n not in JUNK and not n.startswith("."))
+        folder = os.path.relpath(path, root) if path != root else ""
+        for name in sorted(n for n in files if not n.startswith(".")):  # as macOS leaves behind
+            if name.lower().endswith(EXTENSIONS):
+                found.append(os.path.join(folder, name))
+            else:
+                left_out[kind_of(name)] += 1
     return found, folders, left_out
 
 
@@ -191,14 +191,12 @@ def index_list(path):
         row = [cell.strip() for cell in row]
         if number == 1 and "path" in row:
             columns = row.index("path"), row.index("label") if "label" in row else len(row)
-            continue
-        if not any(row):
-            continue
-        name, label = ((row[c] if c < len(row) else "") for c in columns)
-        if not name:
-            raise UserError(f"{path}, line {number}: a label without an image; write path,label")
-        names.append(name)
-        classes_of.append(known(label))
+        elif any(row):
+            name, label = ((row[c] if c < len(row) else "") for c in columns)
+            if not name:
+                raise UserError(f"{path}, line {number}: a label without an image")
+            names.append(name)
+            classes_of.append(known(label))
     for name in names[:1000]:  # asking for each of millions would take minutes on a network disk
         if not os.path.exists(path.parent / name):
             raise UserError(f"{path}: {name} does not exist; paths are relative to {path.parent}/")
@@ -272,8 +270,7 @@ def class_in_shard(name, class_of):
 
 
 def members(path):
-    """(name, offset, size) of the files in a tar; those after a truncation are missing, with a
-    warning.
+    """(name, offset, size) of the files in a tar; of a truncated one, with a warning, what is left.
 
     A tar can hold members that leave the folder it is extracted to, or that are links and devices.
     They have no business among images: a shard with one is refused as a whole.
@@ -291,12 +288,11 @@ def members(path):
                 if not member.isreg() or member.issparse():
                     raise UserError(f"{path}: refused, {member.name!r} is a link or a device")
                 if member.offset_data + member.size > total:
-                    warn(f"{path} is truncated in {member.name}: what comes before is used")
-                    return
+                    raise tarfile.ReadError(f"it ends within {member.name}")
                 yield member.name, member.offset_data, member.size
             file.seek(tar.offset)
             if file.read(512) != bytes(512):  # a whole tar ends in empty blocks
-                warn(f"{path} is truncated or damaged: what comes before is used")
+                raise tarfile.ReadError("its end is missing")
     except tarfile.ReadError as error:
         warn(f"{path} is truncated or not an uncompressed tar ({error}): what comes before is used")
     except OSError as error:

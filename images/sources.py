@@ -198,25 +198,26 @@ def open_files(root, cfg, again=False, title=""):
     """A folder, a list or shards. again: whatever is in the cache, search; title: as in `key=`."""
     from images.index import index_folder, index_list, index_shards
 
-    path, index, shards = Path(root), None, expand(root)
+    path = Path(root)
     if path.is_dir():
         index, shards = index_folder(root, again), sorted(path.glob("*.tar"))
-    if shards and (index is None or len(shards) >= len(index.ends)):
         # Where a folder holds both, the fewer are strays: one tar hides no pictures.
-        strays = {"pictures beside shards": len(index.ends)} if index and len(index.ends) else {}
+        if shards and len(shards) >= (strays := len(index.ends)):
+            index = index_shards(shards, again)
+            index.left_out.update({"pictures beside shards": strays} if strays else {})
+    elif shards := expand(root):
         index = index_shards(shards, again)
-        index.left_out.update(strays)
     elif path.is_file() and path.suffix.lower() in LISTS:
         index = index_list(path)
-    elif index is None:
+    else:
         kinds = " ".join((*LISTS, *ARRAYS, ".tar"))
         what = "one file of another kind" if path.exists() else "no such folder or file"
         raise UserError(f"{title}{root}: {what}; give a folder or one of {kinds}")
     if not len(index.ends):
         where = "this folder or below" if path.is_dir() else "this file"
         raise UserError(f"{root}: no images in {where}; looked for {' '.join(EXTENSIONS)}")
-    root = path if path.is_dir() else path.parent
-    return Files(root, index, cfg.data.channels, cfg.data.max_pixels)
+    folder = path if path.is_dir() else path.parent
+    return Files(folder, index, cfg.data.channels, cfg.data.max_pixels)
 
 
 def expand(root):
@@ -226,11 +227,12 @@ def expand(root):
     paths = [root] if os.path.isfile(root) else sorted(glob.glob(root))
     if found := re.fullmatch(r"(.*)\{(\d+)\.\.(\d+)\}(.*)", root):
         before, first, last, after = found.groups()
-        numbers = (str(n).zfill(len(first)) for n in range(int(first), int(last) + 1))
-        paths = [f"{before}{number}{after}" for number in numbers]
-    if missing := [path for path in paths if not os.path.exists(path)]:
-        raise UserError(f"{root}: no such file: {missing[0]}")
-    return [Path(path) for path in paths]
+        numbers = range(int(first), int(last) + 1)
+        paths = [f"{before}{number:0{len(first)}}{after}" for number in numbers]
+    for path in paths:
+        if not os.path.exists(path):
+            raise UserError(f"{root}: no such file: {path}")
+    return paths
 
 
 def split_folder(root, split):
@@ -262,15 +264,11 @@ def open_source(root, cfg, split="train", again=False, key="data.root"):
             fix = f"{shape}: channels come last, save it as images.transpose(0, 2, 3, 1)"
         raise UserError(f"{root}: {fix}")
     if channels == 3 and (cfg.augment.jitter or any(cfg.augment.solarize)):
-        warn_of_range(read_or_next(source, 0)[0], root)
+        pixels, *_ = read_or_next(source, 0)
+        low, high = pixels.min(), pixels.max()
+        if low < 0 or (high > 1 and pixels.dtype.kind == "f"):
+            warn(
+                f"{root}: values from {low:g} to {high:g}, of which changes of colour keep 0 to 1: "
+                "divide them, or set augment.jitter=0 and augment.solarize=[0,0,0]"
+            )
     return source
-
-
-def warn_of_range(pixels, root):
-    """Changes of colour cut values off at 0 and 1: RGB in another range is worth a word."""
-    low, high = pixels.min(), pixels.max()
-    if low < 0 or (high > 1 and pixels.dtype.kind == "f"):
-        warn(
-            f"{root}: values from {low:g} to {high:g}, of which changes of colour keep 0 to 1: "
-            "divide them, or set augment.jitter=0 and augment.solarize=[0,0,0]"
-        )
