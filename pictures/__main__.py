@@ -20,9 +20,6 @@ Words after these, as key=value:
   points      match: keypoints in the first image, .json (see matching.py); if they are known in
               the second too, the share that is found (PCK) is measured
   alpha       match: how near counts as found, as a share of the longer side
-  extra       match: features of another network, .npz of a and b, to be joined with these
-  weight      match: share of the extra features, 0 to 1
-  save        match: write the features of this network as such an .npz
   data        neighbours: data set to search, as data.root; otherwise that of the run
   count       neighbours: how many
 """
@@ -33,7 +30,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from config import UserError, report_errors, take_options, writing
+from config import UserError, report_errors, take_options
 from images.evaluation import labelled_images
 from images.reader import read_image
 from images.sources import Arrays, open_source
@@ -45,7 +42,7 @@ from weights.load import load_backbone
 
 READING = {"out": "", "size": 0, "shifts": 0, "layer": -1}
 FINDING = READING | {"foreground": False}
-MATCHING = {"points": "", "alpha": 0.1, "extra": "", "weight": 0.5, "save": ""}
+MATCHING = {"points": "", "alpha": 0.1}
 # Of each command what follows it, the fewest and the most of these, and its options.
 COMMANDS = {
     "curves": ("RUN [RUN ...]", 1, 99, {"out": ""}),
@@ -154,12 +151,6 @@ def match(network, files, o, path):
     sizes = [(image.shape[1], image.shape[0]) for image in images]
     points = matching.read_points(o.points, sizes) if o.points else None
     maps = network.features(images, o)
-    if o.save:
-        with writing(f"save={o.save}"), open(o.save, "wb") as file:
-            np.savez(file, a=maps[0].numpy(), b=maps[1].numpy())
-    if o.extra:
-        extra = matching.read_features(o.extra, [m.shape[:2] for m in maps])
-        maps = [matching.fuse(*both, o.weight) for both in zip(maps, extra, strict=True)]
     pairs, _ = matching.mutual_nearest(*maps)
     keep = foreground(maps) if o.foreground else [torch.ones(m.shape[:2]).bool() for m in maps]
     pairs = pairs[keep[0].flatten()[pairs[:, 0]] & keep[1].flatten()[pairs[:, 1]]]
@@ -233,8 +224,6 @@ def parse(argv):
     for key, value in vars(o).items():
         if key != "layer" and type(value) in (int, float) and value < (key == "count"):
             raise UserError(f"{key}={value}: must be {int(key == 'count')} or more")
-    if getattr(o, "weight", 0) > 1:
-        raise UserError(f"weight={o.weight}: must be at most 1")
     if not least <= len(files) <= most:
         raise UserError(f"write `python -m pictures {command} {usage}`; --help says more")
     return command, files, o

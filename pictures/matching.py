@@ -5,9 +5,6 @@
     found = transfer(points, a, b, size_a, size_b) where points of image a lie in image b
     share = pck(found, truth, alpha, extent)       how many were found, as SPair-71k counts it
 
-Two networks often see different things: `fuse` joins their features, as "A Tale of Two Features"
-(Zhang et al. 2023) does with those of DINOv2 and of Stable Diffusion.
-
 Shapes:  H W rows and columns of a feature map   D channels of a feature   K pairs, or points
 Points are (x, y) in pixels from the upper left corner of the image; sizes are (width, height).
 """
@@ -15,7 +12,6 @@ Points are (x, y) in pixels from the upper left corner of the image; sizes are (
 import json
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -79,18 +75,6 @@ def pck(found, truth, alpha, extent):
     return 100 * (distance <= alpha * extent).double().mean().item()
 
 
-def fuse(first, second, weight):
-    """Features of two networks on one grid, (H, W, D) and (H, W, D'), as (H, W, D + D').
-
-        [ (1 - weight) * first / |first| ,  weight * second / |second| ]
-
-    Normalised first, so that neither drowns the other; products are then
-    (1 - weight)^2 cos_first + weight^2 cos_second. weight = 0.5 is the paper's.
-    """
-    first, second = (F.normalize(f.float(), dim=2) for f in (first, second))
-    return torch.cat(((1 - weight) * first, weight * second), dim=2)
-
-
 def best_of_regions(pairs, grid, regions=6):
     """Of the pairs, best first, one for each of regions x regions parts of the first image."""
     chosen = {}
@@ -101,24 +85,6 @@ def best_of_regions(pairs, grid, regions=6):
 
 
 # ---- files --------------------------------------------------------------------------------------
-
-
-def read_features(path, grids):
-    """The arrays `a` and `b` of an .npz, (H, W, D) each, which must have these grids (H, W)."""
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            pair = [torch.tensor(file[name], dtype=torch.float32) for name in ("a", "b")]
-        found = [(*features.shape,) for features in pair]
-        wanted = [(*grid, pair[0].shape[-1]) for grid in grids]
-        if found != wanted:
-            raise ValueError(f"a and b are {found}, but must be {wanted} for this network")
-    except Exception as error:  # of a file that is something else numpy raises anything
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(
-            f"extra={path}: {reason}; write it with np.savez(path, a=..., b=...), each "
-            "(rows, columns, channels), or with save="
-        ) from None
-    return pair
 
 
 def read_points(path, sizes):

@@ -54,7 +54,6 @@ def place(tmp_path_factory):
     (folder / "left.json").write_text('{"a": [[10, 10], [80, 60]]}')
     np.save(folder / "bright.npy", np.linspace(0, 255, 3072, dtype=np.float32).reshape(32, 32, 3))
     np.save(folder / "nan.npy", np.full((32, 32, 3), np.nan, np.float32))
-    np.savez(folder / "other.npz", a=np.ones((3, 3, 4)), b=np.ones((3, 3, 4)))
     return folder
 
 
@@ -111,18 +110,6 @@ def test_an_image_matches_itself_and_pck_says_so(draw):
     assert said.startswith("PCK@0.2 = 100.0 % of 2 keypoints (within 8.0 pixels, 0.2 of the box's")
     said = draw("match", "run", "a.jpg", "a.jpg", "points=self.json", "shifts=1", "alpha=0")
     assert "PCK@0 = 0.0 %" in said  # 11 patches on 90 pixels: their middles are not those points
-
-
-def test_saved_features_can_be_joined_with_those_of_another_network(draw):
-    words = ("match", "run", "a.jpg", "b.png", "shifts=1")
-    draw(*words, "layer=2", "save=second.npz", "out=1.png")
-    with np.load("second.npz") as saved:
-        assert saved["a"].shape == (8, 11, 128) and saved["b"].shape == (5, 3, 128)
-    draw(*words, "layer=2", "extra=second.npz", "weight=0", "out=2.png")
-    draw(*words, "extra=second.npz", "weight=1", "out=3.png")
-    draw(*words, "extra=second.npz", "out=4.png")
-    first, same, second, both = (np.asarray(Image.open(f"{i}.png")) for i in "1234")
-    assert (first == same).all() and (first == second).all() and (first != both).any()
 
 
 def test_neighbours_find_the_query_itself_first(draw, place):
@@ -313,9 +300,6 @@ def test_the_islands_of_the_readme_are_those_that_the_script_draws(tmp_path):
         ("attention run a.jpg layer=6", "layer=6: the network has blocks 0 to 5"),
         ("attention run a.jpg layer=-7", "layer=-7: the network has blocks 0 to 5"),
         ("match run a.jpg b.png points=near.json", "(20, 200) of b lies outside its image"),
-        ("match run a.jpg b.png extra=other.npz", "[(3, 3, 4), (3, 3, 4)], but must be [(24, 33"),
-        ("match run a.jpg b.png extra=none.npz", "extra=none.npz: No such file"),
-        ("match run a.jpg b.png weight=2", "weight=2.0: must be at most 1"),
         ("neighbours run a.jpg count=0", "count=0: must be 1 or more"),
         ("neighbours run a.jpg data=none", "none: no such folder or file"),
         ("neighbours run a.jpg", "data is empty: name the images to search"),

@@ -3,8 +3,6 @@
 Run: pytest tests/test_pictures_matching.py
 """
 
-import json
-
 import numpy as np
 import pytest
 import torch
@@ -78,16 +76,6 @@ def test_pck_of_a_case_counted_by_hand():
     assert matching.pck(found, truth, 0.05, 50) == 25
 
 
-def test_a_fused_cosine_is_the_weighted_one_of_both():
-    first, second = torch.randn(2, 3, 4, 8), 100 * torch.randn(2, 3, 4, 5)
-    for w in (0.0, 0.3, 0.5, 1.0):
-        a, b = (matching.fuse(f, s, w) for f, s in zip(first, second, strict=True))
-        cosines = [torch.cosine_similarity(*x, dim=-1) for x in (first, second)]
-        want = (1 - w) ** 2 * cosines[0] + w**2 * cosines[1]
-        assert torch.allclose((a * b).sum(dim=-1), want, atol=1e-5)
-        assert a.shape == (3, 4, 13)
-
-
 def test_centres_are_the_middles_of_patches():
     got = matching.centres(torch.tensor([0, 5]), torch.zeros(2, 3, 1), (30, 40))
     assert got.tolist() == [[5, 10], [25, 30]]
@@ -126,21 +114,3 @@ def test_bad_points_are_refused_with_the_reason(tmp_path, name, text, part):
 def test_a_missing_file_of_points_is_named():
     with pytest.raises(UserError, match=r"points=none\.json: No such file"):
         matching.read_points("none.json", ((4, 4), (4, 4)))
-
-
-def test_features_of_another_grid_are_refused_and_those_of_the_same_are_read(tmp_path):
-    path = tmp_path / "f.npz"
-    np.savez(path, a=np.ones((2, 3, 4)), b=np.zeros((5, 6, 4)))
-    a, b = matching.read_features(path, [(2, 3), (5, 6)])
-    assert a.shape == (2, 3, 4) and b.shape == (5, 6, 4) and a.dtype == torch.float32
-    with pytest.raises(UserError, match=r"\(5, 6, 4\)\], but must be .*\(6, 5, 4\)"):
-        matching.read_features(path, [(2, 3), (6, 5)])
-    np.savez(path, a=np.ones((2, 3, 4)), b=np.zeros((5, 6, 5)))
-    with pytest.raises(UserError, match=r"\(5, 6, 5\)\], but must be .*\(5, 6, 4\)"):
-        matching.read_features(path, [(2, 3), (5, 6)])
-    np.savez(path, a=np.ones((2, 3, 4)))
-    with pytest.raises(UserError, match="write it with"):
-        matching.read_features(path, [(2, 3), (5, 6)])
-    path.write_text(json.dumps({}))
-    with pytest.raises(UserError, match="write it with"):
-        matching.read_features(path, [(2, 3), (5, 6)])
