@@ -38,6 +38,7 @@ from parallel import pick_device, progress
 from pictures import history, matching, sheets
 from pictures.neighbours import before_and_after, draw
 from pictures.patches import attention_maps, foreground, patch_features, pca_colours
+from pictures.plot import BLUE, GREEN, INK, ORANGE, PAPER
 from weights.load import load_backbone
 
 READING = {"out": "", "size": 0, "shifts": 0, "layer": -1}
@@ -158,19 +159,44 @@ def match(network, files, o, path):
     wheel = sheets.position_colours(*maps[0].shape[:2])
     fields = [wheel, wheel.reshape(-1, 3)[place.numpy()]]
     fields = [f * k.numpy()[:, :, None] for f, k in zip(fields, keep, strict=True)]
-    page = sheets.Pair(images, 3 if points else 2)
-    count = f"{len(pairs):,} of {keep[0].sum():,}"
-    page.band(f"mutual nearest patches: {count}, of which the best of each region", images)
+    tinted, _ = sheets.beside([sheets.tinted(*both) for both in zip(images, fields, strict=True)])
+    linked, at = sheets.beside(images)
     for i, j in matching.best_of_regions(pairs, maps[0].shape):
         ends = [matching.centres(p, m, s) for p, m, s in zip((i, j), maps, sizes, strict=True)]
-        page.connect(*ends, colour="#{:02x}{:02x}{:02x}".format(*wheel.reshape(-1, 3)[i]))
-    tinted = [sheets.tinted(*both) for both in zip(images, fields, strict=True)]
-    page.band("every patch on the right has the colour of its nearest on the left", tinted)
+        ends = at(0, ends[0]), at(1, ends[1])
+        colour = tuple(wheel.reshape(-1, 3)[i].tolist())
+        linked.line(ends, PAPER, 3)
+        linked.line(ends, colour, 1.6)
+        for x, y in ends:
+            linked.dot(x, y, colour)
+    count = f"{len(pairs):,} of {keep[0].sum():,}"
+    bands = {
+        f"mutual nearest patches: {count}, of which the best of each region": linked,
+        "every patch on the right has the colour of its nearest on the left": tinted,
+    }
     if points:
         found, _ = matching.transfer(points[0], *maps, *sizes)
-        page.band(keypoint_title(found, points, sizes[1], o.alpha), images)
-        page.keypoints(points[0], found, points[1])
-    return sheets.write(page.page.finished(), path)
+        title = keypoint_title(found, points, sizes[1], o.alpha)
+        bands[title] = draw_keypoints(images, found, *points[:2])
+    rows = [([title], [np.asarray(page.finished())], None) for title, page in bands.items()]
+    return sheets.write(sheets.bands(rows, linked.size[0]), path)
+
+
+def draw_keypoints(images, found, points, truth):
+    """Numbered points left, where they were found right, and how far that is from the truth."""
+    page, at = sheets.beside(images)
+    for i, ends in enumerate(zip(points, found, strict=True)):
+        if truth is not None:
+            x, y = at(1, truth[i])
+            page.line([(x, y), at(1, found[i])], PAPER, 2)
+            for colour, wide in ((PAPER, 4), (INK, 2)):
+                page.line([(x - 5, y + 5), (x + 5, y - 5)], colour, wide)
+                page.line([(x - 5, y - 5), (x + 5, y + 5)], colour, wide)
+        for side, point in enumerate(ends):
+            x, y = at(side, point)
+            page.dot(x, y, (BLUE, ORANGE, GREEN)[i % 3], 8.6)
+            page.text(x, y, str(i), 11, PAPER, "mm")
+    return page
 
 
 def keypoint_title(found, points, size, alpha):

@@ -18,7 +18,7 @@ from images.held_out import Part
 from images.sources import read_or_next
 from parallel import progress
 from pictures import sheets
-from pictures.plot import GREEN, PAPER
+from pictures.plot import GREEN
 
 MOST = 2000  # images that a finished run is searched in: its last picture must not take long
 
@@ -63,20 +63,15 @@ def draw(networks, queries, pool, cfg, path, count):
         wanted = class_of(queries, q)
         pictures, words = [queries.read(q)], [name_of(queries, q)]
         for answers in found:
-            pictures += [None, *(marked(pool, place, wanted, side) for _, place in answers[q])]
+            pictures.append(None)
+            for _, place in answers[q]:
+                image, alike = pool.read(place), wanted and class_of(pool, place) == wanted
+                pictures.append(sheets.framed(image, side, GREEN) if alike else image)
             numbers = [f"{cosine:.2f} " if len(found) == 1 else "" for cosine, _ in answers[q]]
             names = [name_of(pool, place) for _, place in answers[q]]
             words += ["", *map(str.__add__, numbers, names)]
         rows.append(([] if rows else titles, pictures, words))
     return sheets.write(sheets.bands(rows, side, per_row=len(pictures)), path)
-
-
-def marked(source, i, wanted, side):
-    """An image, in a green frame if it is of the wanted class."""
-    image = source.read(i)
-    if not wanted:
-        return image
-    return sheets.framed(image, side, GREEN if class_of(source, i) == wanted else PAPER)
 
 
 def before_and_after(trained, sources, source, cfg, path, most=MOST, count=5):

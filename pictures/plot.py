@@ -38,13 +38,11 @@ class Page:
         points = [(x * self.zoom, y * self.zoom) for x, y in points]
         self.draw.line(points, colour, round(width * self.zoom), joint="curve")
 
-    def dot(self, x, y, colour):
-        self.disc(x, y, 4.4, PAPER)
-        self.disc(x, y, 3.2, colour)
-
-    def disc(self, x, y, radius, colour):
-        corners = [(x - radius, y - radius), (x + radius, y + radius)]
-        self.draw.ellipse([(a * self.zoom, b * self.zoom) for a, b in corners], colour)
+    def dot(self, x, y, colour, radius=3.2):
+        """A disc with a white rim, which tells it from what lies under it."""
+        for radius_, hue in ((radius + 1.2, PAPER), (radius, colour)):
+            corners = [(x - radius_, y - radius_), (x + radius_, y + radius_)]
+            self.draw.ellipse([(a * self.zoom, b * self.zoom) for a, b in corners], hue)
 
     def text(self, x, y, words, size=12, colour=INK, anchor="la"):
         words, font = lettering(words, size * self.zoom)

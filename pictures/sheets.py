@@ -2,22 +2,23 @@
 
   bands       rows of pictures one below the other, each row under its titles
   crop_sheet  each image, its crops as the network gets them, and the patches that are hidden
-  Pair        a page of two images side by side, with lines and points from one to the other
+  beside      two images side by side, to draw lines and points on
   overlay     a map over its image;  heat: numbers as colours
 Arrays are uint8 (H, W, C); a picture of another number of channels than three shows the first
 three, or the first one as grey. Small pictures are enlarged by repeating pixels: none are invented.
 """
 
+import itertools
 import math
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageOps
+from PIL import Image, ImageDraw
 
 from config import UserError
 from pictures.letters import lettering, text_width
-from pictures.plot import BLUE, GREEN, GREY, INK, ORANGE, PAPER, Page
+from pictures.plot import GREY, PAPER, Page
 
 
 def bands(rows, side=160, per_row=8):
@@ -30,38 +31,35 @@ def bands(rows, side=160, per_row=8):
     per_row  more pictures than this begin a further set of bands
     """
     gap, head, foot = 6, 28, 20
-    count = len(rows[0][1])
     # An empty place in the first row is a narrow one in all.
     wide = [gap + (2 * gap if image is None else side) for image in rows[0][1][:per_row]]
     left = [gap + sum(wide[:i]) for i in range(len(wide) + 1)]
-    ends = [left[i] + text_width(words, 13) for row in rows for i, words in enumerate(row[0])]
-    width = math.ceil(max(left[-1], *(end + gap for end in ends), 0))
-    parts = []
-    for start in range(0, count, per_row):
-        for titles, pictures, words in rows:
-            shown = [p if p is None else fit(picture(p), side) for p in pictures[start:][:per_row]]
-            height = max(image.height for image in shown if image)
-            above, below = head if titles else gap, foot if words else 0
-            band = Image.new("RGB", (width, above + height + below), PAPER)
-            for x, title in zip(left, titles, strict=False):
-                caption(band, x, head, title)
-            for i, image in enumerate(shown):
-                if image:
-                    band.paste(image, (left[i], above + (height - image.height) // 2))
-                if words:
-                    below_it = shortened(words[start + i], side)
-                    caption(band, left[i], foot, below_it, above + height)
-            parts.append(band)
-    sheet = Image.new("RGB", (width, sum(band.height for band in parts) + gap), PAPER)
-    for i, band in enumerate(parts):
-        sheet.paste(band, (0, sum(above.height for above in parts[:i])))
-    return sheet
+    ends = [left[i] + text_width(words, 13) + gap for row in rows for i, words in enumerate(row[0])]
+    starts = range(0, len(rows[0][1]), per_row)
+    highest = len(starts) * len(rows) * (head + side + foot) + gap
+    sheet = Image.new("RGB", (math.ceil(max([left[-1], *ends])), highest), PAPER)
+    top = 0
+    for start, (titles, pictures, words) in itertools.product(starts, rows):
+        top += head if titles else gap
+        for x, title in zip(left, titles, strict=False):
+            caption(sheet, x, top - head / 2, title)
+        shown = [p if p is None else fit(picture(p), side) for p in pictures[start:][:per_row]]
+        height = max(image.height for image in shown if image)
+        for x, image in zip(left, shown, strict=False):
+            if image:
+                sheet.paste(image, (x, top + (height - image.height) // 2))
+        top += height
+        if words:
+            for x, under in zip(left, words[start:][:per_row], strict=False):
+                caption(sheet, x, top + foot / 2, shortened(under, side))
+            top += foot
+    return sheet.crop((0, 0, sheet.width, top + gap))
 
 
-def caption(sheet, x, height, words, top=0):
-    """Small grey words in a strip of this height, by default at the top of the sheet."""
+def caption(sheet, x, y, words):
+    """Small grey words that begin at x, the middle of their height at y."""
     words, font = lettering(words, 13)
-    ImageDraw.Draw(sheet).text((x, top + height / 2), words, GREY, font, "lm")
+    ImageDraw.Draw(sheet).text((x, y), words, GREY, font, "lm")
 
 
 def shortened(words, width):
@@ -143,14 +141,11 @@ def fit(image, side):
 
 
 def framed(pixels, side, colour, width=4):
-    """An image in a frame, which together are as large as fits into `side`."""
-    return np.asarray(ImageOps.expand(fit(picture(pixels), side - 2 * width), width, colour))
-
-
-def paste(sheet, pixels, x, y, side):
-    """Put uint8 (H, W, C) into the middle of a square of the sheet."""
+    """The picture as large as fits into a square, its borders hidden by a frame."""
     image = fit(picture(pixels), side)
-    sheet.paste(image, (x + (side - image.width) // 2, y + (side - image.height) // 2))
+    corners = (0, 0, image.width - 1, image.height - 1)
+    ImageDraw.Draw(image).rectangle(corners, outline=colour, width=width)
+    return np.asarray(image)
 
 
 # Inferno (Smith and van der Walt 2015): as bright as it is high, for any kind of colour vision.
@@ -195,55 +190,22 @@ def position_colours(rows, columns):
     return np.asarray(Image.fromarray(hsv, "HSV").convert("RGB"))
 
 
-class Pair:
-    """A page of bands, each with two pictures side by side and what is drawn over them."""
+def beside(pictures, width=988, highest=420, gap=24, margin=10):
+    """Two pictures side by side on a Page, to be drawn on, and where their points are there.
 
-    gap, head, width = 24, 34, 1000
+    at(side, (x, y))  place on the page of a pixel of the left (0) or right (1) picture
+    """
+    proportions = sum(p.shape[1] / p.shape[0] for p in pictures)
+    height = min(highest, round((width - gap - 2 * margin) / proportions))
+    page = Page(width, height + 2 * margin)
+    longer = [page.zoom * height * max(1, p.shape[1] / p.shape[0]) for p in pictures]
+    shown = [fit(picture(p), side) for p, side in zip(pictures, longer, strict=True)]
+    lefts = margin, margin + shown[0].width / page.zoom + gap
+    for image, left in zip(shown, lefts, strict=True):
+        page.large.paste(image, (round(page.zoom * left), page.zoom * margin))
 
-    def __init__(self, images, count):
-        proportions = [image.shape[1] / image.shape[0] for image in images]
-        self.height = min(420, round((self.width - 3 * self.gap) / sum(proportions)))
-        self.widths = [max(1, round(p * self.height)) for p in proportions]
-        left = (self.width - self.gap - sum(self.widths)) // 2
-        self.lefts = left, left + self.widths[0] + self.gap
-        self.sizes = [image.shape[1::-1] for image in images]
-        self.page = Page(self.width, count * (self.head + self.height) + self.gap)
-        self.top = -self.height
+    def at(side, point):
+        scale = height / pictures[side].shape[0]
+        return lefts[side] + float(point[0]) * scale, margin + float(point[1]) * scale
 
-    def band(self, title, pictures):
-        """Begin the next band with two pictures, of any resolution."""
-        self.top += self.head + self.height
-        self.page.text(self.lefts[0], self.top - self.head / 2, title, 14, GREY, "lm")
-        for pixels, left, width in zip(pictures, self.lefts, self.widths, strict=True):
-            # Small pictures keep their pixels visible, as everywhere here.
-            method = Image.Resampling.NEAREST if pixels.shape[1] < width else Image.Resampling.BOX
-            left, top, width, height = (
-                n * self.page.zoom for n in (left, self.top, width, self.height)
-            )
-            self.page.large.paste(picture(pixels).resize((width, height), method), (left, top))
-
-    def at(self, side, point):
-        """A pixel of the left (0) or right (1) image on the page."""
-        scale = self.widths[side] / self.sizes[side][0]
-        return self.lefts[side] + float(point[0]) * scale, self.top + float(point[1]) * scale
-
-    def connect(self, a, b, colour):
-        ends = [self.at(0, a), self.at(1, b)]
-        self.page.line(ends, PAPER, 3)
-        self.page.line(ends, colour, 1.6)
-        for x, y in ends:
-            self.page.dot(x, y, colour)
-
-    def keypoints(self, points, found, truth):
-        """Numbered points left, where they were found right, and how far that is from the truth."""
-        for i, (a, b) in enumerate(zip(points.tolist(), found.tolist(), strict=True)):
-            if truth is not None:
-                x, y = self.at(1, truth[i])
-                self.page.line([(x, y), self.at(1, b)], PAPER, 2)
-                for colour, wide in ((PAPER, 4), (INK, 2)):
-                    for dy in (-5, 5):
-                        self.page.line([(x - 5, y - dy), (x + 5, y + dy)], colour, wide)
-            for x, y in (self.at(0, a), self.at(1, b)):
-                self.page.disc(x, y, 10, PAPER)
-                self.page.disc(x, y, 8.6, (BLUE, ORANGE, GREEN)[i % 3])
-                self.page.text(x, y, str(i), 11, PAPER, "mm")
+    return page, at

@@ -132,8 +132,8 @@ def test_neighbours_before_and_after_are_framed_where_they_are_of_the_class(draw
     photos = make_photos(place / "photos")
     draw("neighbours", "run", f"data={photos}", "count=3", "out=n.png")  # held-out images ask
     sheet = np.asarray(Image.open("n.png"))
-    assert sheet.shape == (28 + 6 * (90 + 20) + 6 * 6, 6 + 7 * 110 + 2 * 18, 3)  # 7 : 6 in all
-    frame, most = 104 * 90 - 96 * 82, 6 * 2 * 3  # dark and light are told apart by anything
+    assert sheet.shape == (28 + 6 * (89 + 20) + 6 * 6, 6 + 7 * 110 + 2 * 18, 3)  # 7 : 6 in all
+    frame, most = 104 * 89 - 96 * 81, 6 * 2 * 3  # dark and light are told apart by anything
     assert green(sheet) % frame == 0 and most / 2 < green(sheet) / frame <= most
     bare = place / "bare"
     bare.mkdir(exist_ok=True)
