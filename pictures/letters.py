@@ -2,7 +2,7 @@
 
 Pillow's own font has little more than ASCII: not even ü. It is used where it suffices, so that
 pictures look alike everywhere; else a font of the machine; and where no font has a letter, the
-letter is spelled in ASCII.
+letter is written in ASCII: without its accent, or as Python escapes it.
 """
 
 import contextlib
@@ -39,11 +39,8 @@ def has(font, letter):
 def lettering(words, size):
     """The words in letters that can be drawn, and the font of this size that has most of them."""
     words = unicodedata.normalize("NFC", words)  # macOS stores ü as u and a mark
-    own = ImageFont.load_default(size)
-    if all(has(own, letter) for letter in set(words)):
-        return words, own
     font = max(fonts(size), key=lambda font: sum(has(font, letter) for letter in words))
-    return "".join(letter if has(font, letter) else spelled(letter) for letter in words), font
+    return "".join(letter if has(font, letter) else in_ascii(letter) for letter in words), font
 
 
 def text_width(words, size):
@@ -51,16 +48,7 @@ def text_width(words, size):
     return font.getlength(words)
 
 
-def spelled(letter):
-    """A letter in ASCII: without its accent, or by its name, as in zhe for the Cyrillic one."""
-    for form in (letter, letter.casefold()):  # casefold() makes ss of ß
-        plain = unicodedata.normalize("NFKD", form).encode("ascii", "ignore").decode()
-        if plain and plain.isprintable():
-            return plain
-    if unicodedata.category(letter) in ("Cc", "Cf", "Mn", "Mc", "Me"):  # controls and marks
-        return ""
-    name = unicodedata.name(letter, f"U+{ord(letter):X}")
-    if letter.isalpha():  # LATIN SMALL LETTER O WITH STROKE, or CJK UNIFIED IDEOGRAPH-4E2D
-        name = name.partition(" WITH ")[0].split()[-1].rpartition("-")[2]
-    name = name if letter.isupper() else name.lower()
-    return name if name.isalpha() else f"({name})"
+def in_ascii(letter):
+    """e of é; of what is no letter with an accent its escape, as \\u4e2d."""
+    plain = unicodedata.normalize("NFKD", letter).encode("ascii", "ignore").decode()
+    return plain if plain and plain.isprintable() else ascii(letter)[1:-1]

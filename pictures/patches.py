@@ -44,26 +44,24 @@ def to_pixels(image, patch, mean, std, size=0):
     return normalised(pixels, mean, std)[None]
 
 
-def shifted(pixels, patch, shifts):
+def shifted(pixels, patch, shifts=0):
     """(1, C, height, width) -> (S * S, C, height, width): moved by parts of a patch, edges kept.
 
     View s is centred on the s-th of S equal parts of each patch; with one shift nothing moves.
+    shifts  S; 0: as many as give a map of FINE rows and columns; a patch has only so many pixels
     """
     height, width = pixels.shape[2:]
+    shifts = shifts or min(math.ceil(FINE * patch / min(height, width)), patch)
     wide = F.pad(pixels, [patch] * 4, mode="replicate")
     at = [patch + (2 * i + 1) * patch // (2 * shifts) - patch // 2 for i in range(shifts)]
     return torch.cat([wide[:, :, y : y + height, x : x + width] for y in at for x in at])
 
 
-def interleave(grids, shifts):
+def interleave(grids):
     """(S * S, h, w, ...) of the shifted views -> (h * S, w * S, ...) of the picture."""
+    shifts = math.isqrt(len(grids))
     grids = grids.unflatten(0, (shifts, shifts)).movedim((2, 3), (0, 2))  # (h, S, w, S, ...)
     return grids.flatten(2, 3).flatten(0, 1)
-
-
-def enough_shifts(pixels, patch):
-    """How many shifts give a map of FINE rows and columns; a patch has only so many pixels."""
-    return min(math.ceil(FINE * patch / min(pixels.shape[2:])), patch)
 
 
 @torch.no_grad()
@@ -71,12 +69,11 @@ def patch_features(net, image, mean, std, size=0, shifts=0, layer=None, dtype=to
     """uint8 image of any size -> its patch features (H, W, D), fp32, on the CPU.
 
     size    pixels of the shorter side as the network gets it; 0: see to_pixels
-    shifts  S; 0: as many as the map needs for FINE rows and columns
+    shifts  S; 0: see shifted
     layer   the block whose output it is, under the final norm; None: the last
     dtype   of the images, and so of what is computed
     """
     pixels = to_pixels(image, net.patch, mean, std, size).to(net.pos_embed.device)
-    shifts = shifts or enough_shifts(pixels, net.patch)
     views = shifted(pixels, net.patch, shifts).to(dtype)
     rows, columns = (n // net.patch for n in pixels.shape[2:])
     total, count = torch.zeros(len(views), rows, columns, net.dim), torch.zeros(rows, columns, 1)
@@ -89,15 +86,13 @@ def patch_features(net, image, mean, std, size=0, shifts=0, layer=None, dtype=to
             share = middle(y.stop - y.start)[:, None, None] * middle(x.stop - x.start)[:, None]
             total[:, y, x] += share * tokens.unflatten(1, share.shape[:2])
             count[y, x] += share
-    return interleave(total / count, shifts)
+    return interleave(total / count)
 
 
 def starts(length, side):
-    """Where windows begin that cover `length` patches, each half over the next."""
-    if length <= side:
-        return [0]
-    last = math.ceil((length - side) / max(1, side // 2))
-    return [round(i * (length - side) / last) for i in range(last + 1)]
+    """Where windows begin that cover `length` patches, each over half of the next or more."""
+    last = max(0, length - side)
+    return sorted({min(begin, last) for begin in range(0, length, max(1, side // 2))})
 
 
 def middle(length):
@@ -143,28 +138,38 @@ def attention_maps(net, image, mean, std, layer, size=0, shifts=0):
     The sum, at most one, is the share that goes to patches; the rest goes to [CLS] and registers.
     """
     pixels = to_pixels(image, net.patch, mean, std, size).to(net.pos_embed.device)
-    shifts = shifts or enough_shifts(pixels, net.patch)
     views = shifted(pixels, net.patch, shifts)
     weights = attention_weights(net, views, layer)[..., 1 + net.registers :].cpu()
     grids = weights.movedim(3, 1).unflatten(1, (pixels.shape[2] // net.patch, -1))
-    maps = interleave(grids / shifts**2, shifts).movedim((2, 3), (1, 0))  # from (H, W, A, 1 + R)
+    maps = interleave(grids / len(views)).movedim((2, 3), (1, 0))  # from (H, W, A, 1 + R)
     return maps, maps.sum(dim=(2, 3))
 
 
 # ---- colours ------------------------------------------------------------------------------------
 
 
-def principal_axes(x_ND, count=3):
-    """Mean (D,), and the orthonormal directions (D, count) in which the rows differ most.
+def flat(maps):
+    """One map (H, W, ...) per image as the rows (N, ...) of all."""
+    return torch.cat([m.flatten(0, 1) for m in maps])
 
-    Fewer than `count` if D is smaller. An axis may point either way: the one is taken in which its
-    largest entry is positive, so that pictures are repeatable.
+
+def as_maps(rows, features):
+    """Cut rows (N, ...) of all patches into one map (H, W, ...) per image."""
+    parts = rows.split([f.shape[0] * f.shape[1] for f in features])
+    return [part.unflatten(0, f.shape[:2]) for part, f in zip(parts, features, strict=True)]
+
+
+def components(features, keep_N=slice(None), count=3):
+    """Each patch along the `count` directions in which those to keep differ most: (N, count).
+
+    Fewer than `count` if D is smaller. A direction may point either way: the one is taken in which
+    its largest entry is positive, so that pictures are repeatable.
     """
-    x_ND = x_ND.double()
-    mean_D = x_ND.mean(dim=0)
-    _, axes_DD = torch.linalg.eigh((x_ND - mean_D).T @ (x_ND - mean_D))  # ascending
+    x_ND = flat(features).double()
+    x_ND = x_ND - x_ND[keep_N].mean(dim=0)
+    _, axes_DD = torch.linalg.eigh(x_ND[keep_N].T @ x_ND[keep_N])  # ascending
     axes = axes_DD[:, -count:].flip(1)
-    return mean_D, axes * axes.gather(0, axes.abs().argmax(dim=0, keepdim=True)).sign()
+    return x_ND @ (axes * axes.gather(0, axes.abs().argmax(dim=0, keepdim=True)).sign())
 
 
 def pca_colours(features, keep=None):
@@ -174,15 +179,17 @@ def pca_colours(features, keep=None):
     Joint over the images: the same colour means the same feature everywhere.
     keep  bool (H, W) per image: the others neither count nor have a colour, they stay black
     """
-    x_ND = torch.cat([f.flatten(0, 1) for f in features])
-    keep_N = torch.ones(len(x_ND)) if keep is None else torch.cat([k.flatten() for k in keep])
-    keep_N = keep_N.bool()
-    mean_D, axes_D3 = principal_axes(x_ND[keep_N])
-    colour_N3 = stretched((x_ND.double() - mean_D) @ axes_D3, keep_N) * keep_N[:, None]
-    return as_maps((colour_N3 * 255).round().byte(), features)
+    keep_N = flat(keep or [torch.ones(f.shape[:2]) for f in features]).bool()
+    colour_N3 = stretched(components(features, keep_N), keep_N)
+    return as_bytes(colour_N3 * keep_N[:, None], features)
 
 
-def stretched(x_N3, keep_N):
+def as_bytes(colour_N3, features):
+    """Colours 0..1 of all patches -> uint8 (H, W, 3) per image."""
+    return [m.numpy() for m in as_maps((255 * colour_N3).round().byte(), features)]
+
+
+def stretched(x_N3, keep_N=slice(None)):
     """Each column from its 2nd to its 98th percentile, over the rows to keep, as 0..1.
 
     Percentiles, because one odd patch would otherwise leave all others in one colour.
@@ -194,12 +201,6 @@ def stretched(x_N3, keep_N):
     return F.pad(colour, (0, 3 - colour.shape[1]), value=0.5)  # of features with D < 3
 
 
-def as_maps(rows, features):
-    """Cut rows (N, ...) of all patches into one numpy map (H, W, ...) per image."""
-    parts = rows.split([f.shape[0] * f.shape[1] for f in features])
-    return [part.unflatten(0, f.shape[:2]).numpy() for part, f in zip(parts, features, strict=True)]
-
-
 def foreground(features):
     """Which patches show the objects: bool (H, W) per image, jointly over the images.
 
@@ -207,17 +208,11 @@ def foreground(features):
     It is cut where Otsu's threshold lies, and the foreground is the side that is rarer along the
     borders of the images than in them.
     """
-    x_ND = torch.cat([f.flatten(0, 1) for f in features])
-    mean_D, axis_D1 = principal_axes(x_ND, 1)
-    first_N = ((x_ND.double() - mean_D) @ axis_D1)[:, 0]
-    above_N = first_N > otsu(first_N)
-    border = [torch.ones(f.shape[:2]) for f in features]
-    for b in border:
-        b[1:-1, 1:-1] = 0
-    border_N = torch.cat([b.flatten() for b in border]).bool()
-    if above_N[border_N].double().mean() > above_N.double().mean():
-        above_N = ~above_N
-    return [torch.tensor(k) for k in as_maps(above_N, features)]
+    first_N = components(features, count=1)[:, 0]
+    above = as_maps(first_N > otsu(first_N), features)
+    border = torch.cat([torch.cat((a[0], a[-1], a[:, 0], a[:, -1])) for a in above])
+    turned = border.double().mean() > flat(above).double().mean()
+    return [a != turned for a in above]
 
 
 def otsu(x_N):
@@ -242,13 +237,10 @@ def steady_colours(frames):
     """
     coloured, after_N3 = [], None
     for features in reversed(frames):
-        x_ND = torch.cat([f.flatten(0, 1) for f in features]).double()
-        mean_D, axes_D3 = principal_axes(x_ND)
-        x_N3 = (x_ND - mean_D) @ axes_D3
+        x_N3 = components(features)
         if after_N3 is not None:
             left, _, right = torch.linalg.svd(x_N3.T @ after_N3)
             x_N3 = x_N3 @ (left @ right)
         after_N3 = x_N3 / x_N3.norm().clamp(min=1e-30)
-        colour_N3 = stretched(x_N3, torch.ones(len(x_N3), dtype=torch.bool))
-        coloured.append(as_maps((colour_N3 * 255).round().byte(), features))
+        coloured.append(as_bytes(stretched(x_N3), features))
     return coloured[::-1]

@@ -13,13 +13,13 @@ WORDS = {  # and how they are written where there is no font but Pillow's own
     "plain ASCII, 84.0 %": "plain ASCII, 84.0 %",
     "Urlaub S\u00fcd": "Urlaub Sud",
     "u\u0308ber": "uber",  # as macOS stores it: a letter and a mark
-    "Stra\u00dfe \u0141\u00f3d\u017a \u00d8re \u00c6": "Strasse Lodz Ore AE",
-    "\u0434\u043e\u043c": "deoem",
-    "\u304b\u306a \uac15": "kana gang",
-    "\u4e2d.jpg": "(4e2d).jpg",
-    "a\U0001f389.jpg": "a(party popper).jpg",
-    "two\nlines\x00": "twolines",
-    "\udcfc of Latin-1": "(u+dcfc) of Latin-1",  # a file name that is not UTF-8
+    "Stra\u00dfe \u0141\u00f3d\u017a \u00d8re \u00c6": r"Stra\xdfe \u0141odz \xd8re \xc6",
+    "\u0434\u043e\u043c": r"\u0434\u043e\u043c",
+    "\u304b\u306a \uac15": r"\u304b\u306a \uac15",
+    "\u4e2d.jpg": r"\u4e2d.jpg",
+    "a\U0001f389.jpg": r"a\U0001f389.jpg",
+    "two\nlines\x00": r"two\nlines\x00",
+    "\udcfc of Latin-1": r"\udcfc of Latin-1",  # a file name that is not UTF-8
 }
 
 
