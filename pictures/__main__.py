@@ -44,6 +44,7 @@ from weights.load import load_backbone
 READING = {"out": "", "size": 0, "shifts": 0, "layer": -1}
 FINDING = READING | {"foreground": False}
 MATCHING = {"points": "", "alpha": 0.1}
+LEAST = {"size": 0, "shifts": 0, "alpha": 0, "count": 1}
 # Of each command what follows it, the fewest and the most of these, and its options.
 COMMANDS = {
     "curves": ("RUN [RUN ...]", 1, 99, {"out": ""}),
@@ -61,18 +62,23 @@ COMMANDS = {
 class Network:
     """A backbone and what it needs to know of its images."""
 
-    def __init__(self, run):
+    def __init__(self, run, shifts=0, layer=-1, **_):
+        """Of the options only those are taken that must fit the network: they are checked."""
         net, self.cfg = load_backbone(run, with_config=True)
         self.net = net.to(pick_device(self.cfg.device))
         self.norm = self.cfg.data.mean, self.cfg.data.std
+        if shifts > net.patch:
+            raise UserError(f"shifts={shifts}: a patch has {net.patch} pixels, use at most that")
+        if not -net.depth <= layer < net.depth:
+            raise UserError(f"layer={layer}: the network has blocks 0 to {net.depth - 1}")
 
     def read(self, file):
         """A picture or array as (H, W, C) with the channels of the network."""
-        channels, patch = self.cfg.data.channels, self.net.patch
+        channels = self.cfg.data.channels
         try:
             image = read_image(file, channels, max_pixels=0)
         except Exception as error:  # a decoder fed with damaged bytes raises anything
-            reason = " ".join(str(getattr(error, "strerror", None) or error).split())
+            reason = str(getattr(error, "strerror", None) or error)
             reason = reason.partition(", but data.channels")[0]  # a key that cannot be set here
             raise UserError(
                 f"{file}: {reason}; this network reads images of {channels} channels"
@@ -83,26 +89,11 @@ class Network:
                 f"{file}: values from {image.min():g} to {image.max():g}, but this network knows "
                 f"floats around {mean.mean():g}, mostly in 0..1; scale them, or save them as uint8"
             )
-        if min(image.shape[:2]) < patch:
-            raise UserError(
-                f"{file}: {image.shape[1]} x {image.shape[0]} pixels are less than a patch of "
-                f"{patch}; enlarge the picture"
-            )
         return image
 
-    def check(self, o):
-        """Options that depend on the network, refused or completed."""
-        patch, depth = self.net.patch, self.net.depth
-        if o.shifts > patch:
-            raise UserError(f"shifts={o.shifts}: a patch has {patch} pixels, use at most {patch}")
-        if not -depth <= o.layer < depth:
-            raise UserError(f"layer={o.layer}: the network has blocks 0 to {depth - 1}")
-        o.layer %= depth
-
     def features(self, images, o):
-        self.check(o)
         bar = progress(images, desc="patch features", unit=" images")
-        more = o.size, o.shifts, o.layer
+        more = o.size, o.shifts, o.layer % self.net.depth
         return [patch_features(self.net, image, *self.norm, *more) for image in bar]
 
 
@@ -124,22 +115,23 @@ def pca(network, files, o, path):
 
 def attention(network, files, o, path):
     """For each image a row for [CLS] and for each register: the mean of the heads, and each."""
-    network.check(o)
-    rows, last = [], network.net.depth - 1
-    columns = 2 + network.net.blocks[0].attn.heads
+    rows, depth, heads = [], network.net.depth, network.net.blocks[0].attn.heads
+    block = o.layer % depth
+    names = ["mean", *(f"head {i}" for i in range(heads))]
+    columns = 1 + len(names)
     columns = columns if columns <= 14 else -(-columns // 2)
     side = min(max(1300 // columns, 140), 260)
     for file in progress(files, desc="attention", unit=" images"):
         image = network.read(file)
-        maps, shares = attention_maps(network.net, image, *network.norm, o.layer, o.size, o.shifts)
-        for token, (map_AHW, share_A) in enumerate(zip(maps, shares, strict=True)):
-            name = f"register {token}" if token else "[CLS]"
-            title = f"{Path(file).name}: attention of {name}, block {o.layer} (of 0 to {last})"
-            shown = [("mean", map_AHW.mean(dim=0), share_A.mean())]
-            shown += [(f"head {i}", map_AHW[i], share_A[i]) for i in range(len(map_AHW))]
-            pictures = [sheets.overlay(image, map_HW, side) for _, map_HW, _ in shown]
-            words = [f"{what}, {100 * share:.0f} % on patches" for what, _, share in shown]
-            rows.append(([title], [image, *pictures], ["image", *words]))
+        maps = attention_maps(network.net, image, *network.norm, block, o.size, o.shifts)
+        for token, map_AHW in enumerate(maps):
+            title = f"register {token}" if token else "[CLS]"
+            title = f"{Path(file).name}: attention of {title}, block {block} (of 0 to {depth - 1})"
+            pictures, words = [image], ["image"]
+            for name, map_HW in zip(names, (map_AHW.mean(dim=0), *map_AHW), strict=True):
+                pictures.append(sheets.overlay(image, map_HW, side))
+                words.append(f"{name}, {100 * map_HW.sum():.0f} % on patches")
+            rows.append(([title], pictures, words))
     return sheets.write(sheets.bands(rows, side, columns), path)
 
 
@@ -152,7 +144,7 @@ def match(network, files, o, path):
     sizes = [(image.shape[1], image.shape[0]) for image in images]
     points = matching.read_points(o.points, sizes) if o.points else None
     maps = network.features(images, o)
-    pairs, _ = matching.mutual_nearest(*maps)
+    pairs = matching.mutual_nearest(*maps)
     keep = foreground(maps) if o.foreground else [torch.ones(m.shape[:2]).bool() for m in maps]
     pairs = pairs[keep[0].flatten()[pairs[:, 0]] & keep[1].flatten()[pairs[:, 1]]]
     place, _ = matching.nearest(maps[1], maps[0])
@@ -175,7 +167,7 @@ def match(network, files, o, path):
         "every patch on the right has the colour of its nearest on the left": tinted,
     }
     if points:
-        found, _ = matching.transfer(points[0], *maps, *sizes)
+        found = matching.transfer(points[0], *maps, *sizes)
         title = keypoint_title(found, points, sizes[1], o.alpha)
         bands[title] = draw_keypoints(images, found, *points[:2])
     rows = [([title], [np.asarray(page.finished())], None) for title, page in bands.items()]
@@ -246,10 +238,7 @@ def parse(argv):
     if command not in COMMANDS:
         raise UserError(f"{command}: unknown picture; use one of {', '.join(COMMANDS)}")
     usage, least, most, defaults = COMMANDS[command]
-    o, files = take_options(words, defaults)
-    for key, value in vars(o).items():
-        if key != "layer" and type(value) in (int, float) and value < (key == "count"):
-            raise UserError(f"{key}={value}: must be {int(key == 'count')} or more")
+    o, files = take_options(words, defaults, {k: LEAST[k] for k in LEAST if k in defaults})
     if not least <= len(files) <= most:
         raise UserError(f"write `python -m pictures {command} {usage}`; --help says more")
     return command, files, o
@@ -269,7 +258,7 @@ def main(argv):
         where = history.animate(run, path)
     else:
         drawn = {"pca": pca, "attention": attention, "match": match, "neighbours": neighbours}
-        where = drawn[command](Network(run), files, o, path)
+        where = drawn[command](Network(run, **vars(o)), files, o, path)
     print(f"wrote {where}")
 
 

@@ -1,11 +1,9 @@
-"""How a run went: its curves, and its features again and again, as an animation.
+"""How a run went: its curves, its first crops, and its features again and again, as an animation.
 
-    python -m pictures curves RUN [RUN ...]    RUN/curves.png, from RUN/log.jsonl; others beside it
-    python -m pictures animation RUN           RUN/animation.gif, from RUN/frames
-
-Both work while the run is going on. train.py draws the curves at its end, and calls keep_frame() at
-each k-NN evaluation. Features are kept rather than pictures, because only at the end it is known
-which colours the frames have to share, and rather than checkpoints, because those are large.
+Curves and animation can be drawn while the run is going on. train.py draws the curves at its end,
+and calls keep_frame() at each k-NN evaluation. Features are kept rather than pictures, because only
+at the end it is known which colours the frames have to share, and rather than checkpoints, because
+those are large.
 
     RUN/frames/0000200.npz     image_0, ... (uint8) and features_0, ... (H, W, D float16)
 """
@@ -45,8 +43,8 @@ HEALTH = [
     ("koleo_distance", "distance to the nearest neighbour", plot.ORANGE),
     ("rankme", "rank of the features (RankMe)", plot.PINK),
 ]
-# What needs no training, or came before it; the names are those of the reports.
-LEVELS = dict(zip(FLOORS, (plot.PINK, plot.GREY, plot.ORANGE, plot.SKY), strict=True))
+# Of FLOORS: what needs no training, or came before it.
+FLOOR_COLOURS = (plot.PINK, plot.GREY, plot.ORANGE, plot.SKY)
 
 
 def draw_curves(run, path=None, others=()):
@@ -58,19 +56,18 @@ def draw_curves(run, path=None, others=()):
     last = max(row["step"] for log in (rows, *logs) for row in log)
 
     def lines_of(key, name, hue):
-        lines = [
-            Line("", plot.mix(hue, plot.PAPER, 0.5), series(log, key), thin=True) for log in logs
-        ]
+        pale = plot.mix(hue, plot.PAPER, 0.5)
+        lines = [Line("", pale, series(log, key), thin=True) for log in logs]
         return [line for line in (*lines, Line(name, hue, series(rows, key))) if line.points]
 
     losses = [line for each in LOSSES for line in lines_of(*each)]
     health = [(name, lines_of(key, "", hue)) for key, name, hue in HEALTH]
     health = [(name, lines) for name, lines in health if lines]
     knn = lines_of("knn", f"DINOv2{latest(rows, 'knn')}", plot.BLUE)
-    for key, hue in LEVELS.items():
-        for value in list(series(rows, key).values())[-1:]:
-            name = f"{FLOORS[key]} {value:.1f} %"
-            knn.append(Line(name, hue, {0: value, last: value}, thin=True))
+    for (key, name), hue in zip(FLOORS.items(), FLOOR_COLOURS, strict=True):
+        if level := latest(rows, key):
+            value = next(reversed(series(rows, key).values()))
+            knn.append(Line(name + level, hue, {0: value, last: value}, thin=True))
 
     page = Page(1200, 700 if health else 460)
     page.text(30, 28, name_of(run), 20, anchor="lm")
@@ -79,12 +76,7 @@ def draw_curves(run, path=None, others=()):
     page.text(1170, 28, f"step {done:,},  {images:,} images", 13, plot.GREY, "rm")
     names = [name_of(each) + latest(log, "knn") for each, log in zip(others, logs, strict=True)]
     if names:
-        plot.legend(
-            page,
-            30,
-            52,
-            [Line("pale: " + ", ".join(names), plot.mix(plot.INK, plot.PAPER, 0.5), {}, True)],
-        )
+        page.text(30, 52, "pale: " + ", ".join(names), 12, plot.GREY, "lm")
     panel(page, (30, 70, 585, 430), "Losses", losses, last)
     panel(page, (615, 70, 1170, 430), "k-NN accuracy (%)", knn, last, from_zero=True)
     for i, (name, lines) in enumerate(health):
@@ -153,12 +145,11 @@ def animate(run, path, milliseconds=500, side=160):
     frames = []
     for file in files:
         try:
-            with np.load(file, allow_pickle=False) as arrays:
-                count = sum(name.startswith("image") for name in arrays)
-                images = [arrays[f"image_{i}"] for i in range(count)]
-                frames.append([torch.tensor(arrays[f"features_{i}"]).float() for i in range(count)])
-        except Exception as error:
+            arrays = dict(np.load(file))
+        except Exception as error:  # of a damaged file numpy raises anything
             raise UserError(f"{file}: cannot be read ({error}); delete it") from None
+        images = [arrays[f"image_{i}"] for i in range(len(arrays) // 2)]
+        frames.append([torch.tensor(arrays[f"features_{i}"]).float() for i in range(len(images))])
     steps = [int(file.stem) for file in files]
     knn = series(read_log(Path(run, "log.jsonl")), "knn")
     pictures = [
@@ -181,18 +172,32 @@ def frame(images, colours, step, last, knn, side):
     return sheet
 
 
+# ---- crops ------------------------------------------------------------------------------------
+
+
 def draw_crops(source, cfg, path):
-    """The first images of the run, as the network will see them."""
+    """The first images of the run, as the network will see them.
+
+    A row for each: the image, its global crops with the patches striped that are hidden from the
+    student, its local crops.
+    """
     count = max(n for n in (1, 2, 3, 4) if cfg.batch % n == 0)
     dataset = data.Dataset(source, cfg)
     # As if every process had `count` images: the masks are those of the step, without its images.
     samples = [dataset[position] for position in range(count)]
     batch = data.collate(samples, cfg, rank=0, world=cfg.batch // count)
-    images = [read_or_next(source, dataset.order[i])[0] for i in range(count)]
-    mean, std = cfg.data.mean, cfg.data.std
-    large = colour(batch.global_crops, batch.global_colour, mean, std).unflatten(0, (2, count))
-    small = colour(batch.local_crops, batch.local_colour, mean, std)
-    small = small.unflatten(0, (cfg.crops.local_count, count))
-    masks = batch.masks.unflatten(0, (2, count))
-    rows = [[x[:, i] for i in range(count)] for x in (large, small, masks)]
-    sheets.crop_sheet(images, *rows, mean, std, path)
+    kinds, grid = cfg.crops.local_count, cfg.crops.global_size // cfg.vit.patch
+    zero, one = [0.0] * cfg.data.channels, [1.0] * cfg.data.channels  # colours as they are, 0..1
+    large = colour(batch.global_crops, batch.global_colour, zero, one).unflatten(0, (2, count))
+    small = colour(batch.local_crops, batch.local_colour, zero, one).unflatten(0, (kinds, count))
+    large, small = (x.movedim(2, -1).numpy() for x in (large, small))
+    masks = batch.masks.view(2, count, grid, grid).numpy()
+    titles = ["image", "", "global crops, hidden patches striped", "", ""]
+    titles += ["local crops"] if kinds else []
+    side, rows = min(160, 1200 // (3 + kinds)), []
+    for i in range(count):
+        image, _, _ = read_or_next(source, dataset.order[i])
+        crops = [np.asarray(sheets.fit(sheets.picture(crop), side)) for crop in large[:, i]]
+        hidden = map(sheets.hide, crops, masks[:, i])
+        rows.append(([] if rows else titles, [image, None, *hidden, None, *small[:, i]], None))
+    return sheets.write(sheets.bands(rows, side, per_row=len(rows[0][1])), path)

@@ -32,7 +32,7 @@ def nearest(a, b):
 
 
 def mutual_nearest(a, b):
-    """Pairs (K, 2) of places in a and in b that are each other's nearest, and their cosines (K,).
+    """Pairs (K, 2) of places in a and in b that are each other's nearest.
 
     The best first. A pair that holds both ways is far more often right than one that does not.
     """
@@ -41,7 +41,7 @@ def mutual_nearest(a, b):
     here = torch.arange(len(to_b))
     mutual = here[to_a[to_b] == here]
     mutual = mutual[cosine[mutual].argsort(descending=True, stable=True)]
-    return torch.stack((mutual, to_b[mutual]), dim=1), cosine[mutual]
+    return torch.stack((mutual, to_b[mutual]), dim=1)
 
 
 def centres(place, grid, size):
@@ -53,7 +53,7 @@ def centres(place, grid, size):
 
 
 def transfer(points, a, b, size_a, size_b):
-    """Where points (K, 2) of image a lie in image b: pixels (K, 2), and cosines (K,).
+    """Where points (K, 2) of image a lie in image b: pixels (K, 2).
 
     The feature at a point is interpolated between the patches around it, and the most similar patch
     of b is the answer: it is as exact as the map of b is fine.
@@ -61,8 +61,8 @@ def transfer(points, a, b, size_a, size_b):
     at = (2 * torch.as_tensor(points) / torch.tensor(size_a) - 1).float()  # -1..1, as grid_sample
     map_a = F.normalize(a.float(), dim=2).permute(2, 0, 1)[None]
     feature = F.grid_sample(map_a, at[None, None], padding_mode="border", align_corners=False)
-    cosine, place = (F.normalize(feature[0, :, 0].T, dim=1) @ unit(b).T).max(dim=1)
-    return centres(place, b, size_b), cosine
+    place = (feature[0, :, 0].T @ unit(b).T).argmax(dim=1)
+    return centres(place, b, size_b)
 
 
 def pck(found, truth, alpha, extent):
@@ -108,7 +108,7 @@ def read_points(path, sizes):
                 if not (0 <= x <= size[0] and 0 <= y <= size[1]):
                     raise ValueError(f"({x:g}, {y:g}) of {name} lies outside its image of {size}")
     except (OSError, ValueError, TypeError, AttributeError) as error:
-        reason = " ".join(str(getattr(error, "strerror", None) or error).split())
+        reason = getattr(error, "strerror", None) or error
         raise UserError(
             f'points={path}: {reason}; write {{"a": [[x, y], ...], "b": [[x, y], ...]}}, in pixels '
             "from the upper left corners"

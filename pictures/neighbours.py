@@ -1,9 +1,7 @@
 """Nearest neighbours: which images of a data set have [CLS] features most like those of a query.
 
-    python -m pictures neighbours RUN IMAGE ...   images of a data set that are most like these
-    python -m pictures neighbours RUN             of held-out images, before and after training
-
-The second is drawn at the end of each run: what the network has learnt, for the eye.
+Without images of the user, held-out ones ask, before and after training. That is drawn at the end
+of each run: what the network has learnt, for the eye.
 """
 
 import random
@@ -56,20 +54,19 @@ def draw(networks, queries, pool, cfg, path, count):
     An image whose class is known to be that of the query has a green frame.
     """
     found = [nearest(net, queries, pool, cfg, count) for net in networks.values()]
-    side, titles, rows = 112 if len(found) == 1 else 104, ["query"], []
-    for title, answers in zip(networks, found, strict=True):
-        titles += ["", title, *["" for _ in answers[0][1:]]]
+    side, rows = 104, []
     for q in range(len(queries)):
-        wanted = class_of(queries, q)
+        wanted, titles = class_of(queries, q), ["query"]
         pictures, words = [queries.read(q)], [name_of(queries, q)]
-        for answers in found:
+        for title, answers in zip(networks, found, strict=True):
+            titles += ["", title, *[""] * (len(answers[q]) - 1)]
             pictures.append(None)
-            for _, place in answers[q]:
+            words.append("")
+            for cosine, place in answers[q]:
                 image, alike = pool.read(place), wanted and class_of(pool, place) == wanted
                 pictures.append(sheets.framed(image, side, GREEN) if alike else image)
-            numbers = [f"{cosine:.2f} " if len(found) == 1 else "" for cosine, _ in answers[q]]
-            names = [name_of(pool, place) for _, place in answers[q]]
-            words += ["", *map(str.__add__, numbers, names)]
+                number = f"{cosine:.2f} " if len(found) == 1 else ""
+                words.append(number + name_of(pool, place))
         rows.append(([] if rows else titles, pictures, words))
     return sheets.write(sheets.bands(rows, side, per_row=len(pictures)), path)
 

@@ -14,6 +14,7 @@ Shapes:  H W rows and columns of the map   D features of a patch   N patches of 
          T = 1 + R + patches: the tokens ([CLS], registers, patches)   C channels of an image
 """
 
+import itertools
 import math
 
 import numpy as np
@@ -34,11 +35,11 @@ WINDOW = 64  # patches a side that are read in one pass
 def to_pixels(image, patch, mean, std, size=0):
     """uint8 (H, W, C) -> normalised (1, C, height, width), both multiples of the patch.
 
-    size  pixels of the shorter side; 0: those of the image, at most SHORT_SIDE patches
+    size  pixels of the shorter side; 0: those of the image, but 1 to SHORT_SIDE patches
     """
     height, width = image.shape[:2]
     short = min(height, width)
-    factor = (size or min(short, SHORT_SIDE * patch)) / short
+    factor = (size or min(max(short, patch), SHORT_SIDE * patch)) / short
     height, width = (max(1, round(n * factor / patch)) * patch for n in (height, width))
     pixels = torch.tensor(resize(image, height, width)).permute(2, 0, 1)
     return normalised(pixels, mean, std)[None]
@@ -73,19 +74,19 @@ def patch_features(net, image, mean, std, size=0, shifts=0, layer=None, dtype=to
     layer   the block whose output it is, under the final norm; None: the last
     dtype   of the images, and so of what is computed
     """
-    pixels = to_pixels(image, net.patch, mean, std, size).to(net.pos_embed.device)
-    views = shifted(pixels, net.patch, shifts).to(dtype)
-    rows, columns = (n // net.patch for n in pixels.shape[2:])
+    patch = net.patch
+    pixels = to_pixels(image, patch, mean, std, size).to(net.pos_embed.device)
+    views = shifted(pixels, patch, shifts).to(dtype)
+    rows, columns = (n // patch for n in pixels.shape[2:])
     total, count = torch.zeros(len(views), rows, columns, net.dim), torch.zeros(rows, columns, 1)
-    for top in starts(rows, WINDOW):
-        for left in starts(columns, WINDOW):
-            y, x = slice(top, min(top + WINDOW, rows)), slice(left, min(left + WINDOW, columns))
-            y_px, x_px = (slice(s.start * net.patch, s.stop * net.patch) for s in (y, x))
-            parts = views[:, :, y_px, x_px].split(16)  # many shifts at once would need much memory
-            tokens = torch.cat([patch_tokens(net, part, layer).float().cpu() for part in parts])
-            share = middle(y.stop - y.start)[:, None, None] * middle(x.stop - x.start)[:, None]
-            total[:, y, x] += share * tokens.unflatten(1, share.shape[:2])
-            count[y, x] += share
+    for top, left in itertools.product(starts(rows, WINDOW), starts(columns, WINDOW)):
+        y, x = slice(top, min(top + WINDOW, rows)), slice(left, min(left + WINDOW, columns))
+        window = views[:, :, y.start * patch : y.stop * patch, x.start * patch : x.stop * patch]
+        parts = window.split(16)  # many shifts at once would need much memory
+        tokens = torch.cat([patch_tokens(net, part, layer).float().cpu() for part in parts])
+        share = torch.outer(middle(y.stop - top), middle(x.stop - left))[:, :, None]
+        total[:, y, x] += share * tokens.unflatten(1, share.shape[:2])
+        count[y, x] += share
     return interleave(total / count)
 
 
@@ -133,16 +134,15 @@ def attention_weights(net, pixels, layer):
 
 
 def attention_maps(net, image, mean, std, layer, size=0, shifts=0):
-    """Attention of [CLS] and registers to each place, (1 + R, A, H, W), and (1 + R, A): its sum.
+    """Attention of [CLS] and registers to each place: (1 + R, A, H, W).
 
-    The sum, at most one, is the share that goes to patches; the rest goes to [CLS] and registers.
+    A map's sum, at most one, is the share that goes to patches; [CLS] and registers get the rest.
     """
     pixels = to_pixels(image, net.patch, mean, std, size).to(net.pos_embed.device)
     views = shifted(pixels, net.patch, shifts)
     weights = attention_weights(net, views, layer)[..., 1 + net.registers :].cpu()
     grids = weights.movedim(3, 1).unflatten(1, (pixels.shape[2] // net.patch, -1))
-    maps = interleave(grids / len(views)).movedim((2, 3), (1, 0))  # from (H, W, A, 1 + R)
-    return maps, maps.sum(dim=(2, 3))
+    return interleave(grids / len(views)).movedim((2, 3), (1, 0))  # from (H, W, A, 1 + R)
 
 
 # ---- colours ------------------------------------------------------------------------------------

@@ -1,9 +1,8 @@
 """Sheets of pictures with captions, drawn with Pillow alone.
 
-  bands       rows of pictures one below the other, each row under its titles
-  crop_sheet  each image, its crops as the network gets them, and the patches that are hidden
-  beside      two images side by side, to draw lines and points on
-  overlay     a map over its image;  heat: numbers as colours
+  bands    rows of pictures one below the other, each row under its titles
+  beside   two images side by side, to draw lines and points on
+  overlay  a map over its image;  heat: numbers as colours
 Arrays are uint8 (H, W, C); a picture of another number of channels than three shows the first
 three, or the first one as grey. Small pictures are enlarged by repeating pixels: none are invented.
 """
@@ -13,7 +12,6 @@ import math
 from pathlib import Path
 
 import numpy as np
-import torch
 from PIL import Image, ImageDraw
 
 from config import UserError
@@ -78,35 +76,6 @@ def write(image, path, **options):
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be written ({error}); choose another place") from None
     return Path(path)
-
-
-def crop_sheet(images, global_crops, local_crops, masks, mean, std, path):
-    """One row per image: the image, its global crops with hidden patches striped, its local crops.
-
-    images        uint8 arrays (H, W, C), of any sizes
-    global_crops  per image, its crops: normalised float tensors (C, S, S)
-    local_crops   the same, and there may be none
-    masks         per image, per global crop: its square grid of patches as one row of bool (N,),
-                  True = hidden from the student
-    """
-    titles = ["image", "", "global crops, hidden patches striped", *[""] * len(masks[0])]
-    titles += ["local crops"] if len(local_crops[0]) else []
-    side, rows = min(160, 1200 // (1 + len(masks[0]) + len(local_crops[0]))), []
-    for image, large, small, grids in zip(images, global_crops, local_crops, masks, strict=True):
-        row = [image, None]
-        for crop, mask_N in zip(large, grids, strict=True):
-            pixels = np.asarray(fit(picture(denormalise(crop, mean, std)), side))
-            row.append(hide(pixels, mask_N.numpy().reshape(math.isqrt(len(mask_N)), -1)))
-        row += [None] + [denormalise(crop, mean, std) for crop in small]
-        rows.append(([] if rows else titles, row, None))
-    return write(bands(rows, side, per_row=len(row)), path)
-
-
-def denormalise(crop, mean, std):
-    """Normalised float (C, H, W) -> uint8 (H, W, C), undoing what augment.py does last."""
-    mean, std = (torch.as_tensor(v, dtype=torch.float32)[:, None, None] for v in (mean, std))
-    pixels = (crop.detach().float().cpu() * std + mean) * 255
-    return pixels.round().clamp(0, 255).byte().permute(1, 2, 0).numpy()
 
 
 def hide(pixels, grid):

@@ -21,9 +21,8 @@ def test_mutual_nearest_neighbours_are_those_of_a_double_loop():
         for j in range(18):
             if cosine[i, j] == cosine[i].max() and cosine[i, j] == cosine[:, j].max():
                 want.append((cosine[i, j].item(), i, j))
-    pairs, values = matching.mutual_nearest(a, b)
+    pairs = matching.mutual_nearest(a, b)
     assert [tuple(pair) for pair in pairs.tolist()] == [(i, j) for _, i, j in sorted(want)[::-1]]
-    assert np.allclose(values, [c for c, _, _ in sorted(want)[::-1]], atol=1e-6)
     assert 1 < len(want) < 18
 
 
@@ -41,9 +40,8 @@ def test_transfer_finds_the_translation_of_features():
     b = a.roll((2, 3), (0, 1))
     size = (100, 80)  # patches of 10 pixels
     points = torch.tensor([[5.0, 5.0], [45.0, 35.0], [65.0, 55.0]])
-    found, cosine = matching.transfer(points, a, b, size, size)
+    found = matching.transfer(points, a, b, size, size)
     assert torch.allclose(found, points + torch.tensor([30.0, 20.0]))
-    assert torch.allclose(cosine, torch.ones(3))
 
 
 def test_transfer_finds_the_translation_of_an_image_through_a_network():
@@ -56,7 +54,7 @@ def test_transfer_finds_the_translation_of_an_image_through_a_network():
         patches.patch_features(net, i, (0.5,) * 3, (0.2,) * 3, shifts=1) for i in (image, moved)
     )
     points = torch.tensor([[10.0, 6.0], [18.0, 14.0], [38.0, 22.0]])
-    found, _ = matching.transfer(points, a, b, (40, 32), (40, 32))
+    found = matching.transfer(points, a, b, (40, 32), (40, 32))
     assert torch.allclose(found, points + torch.tensor([-4.0, 8.0]))
 
 
@@ -64,7 +62,7 @@ def test_a_point_between_two_patches_has_a_feature_between_them():
     a = torch.zeros(1, 2, 2)
     a[0, 0, 0] = a[0, 1, 1] = 1
     b = torch.tensor([[[1.0, 0], [1, 1], [0, 1]]])
-    found, _ = matching.transfer([[5.0, 5.0], [10.0, 5.0], [15.0, 5.0]], a, b, (20, 10), (30, 10))
+    found = matching.transfer([[5.0, 5.0], [10.0, 5.0], [15.0, 5.0]], a, b, (20, 10), (30, 10))
     assert found.tolist() == [[5, 5], [15, 5], [25, 5]]
 
 

@@ -5,13 +5,11 @@ Run: pytest tests/test_pictures_sheets.py
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
-from config import UserError
-from pictures import sheets
-
-MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
+from config import Config, UserError
+from images.sources import Arrays
+from pictures import history, sheets
 
 
 def test_hiding_darkens_exactly_the_masked_patches():
@@ -22,35 +20,26 @@ def test_hiding_darkens_exactly_the_masked_patches():
     assert (dark == grid[row[:, None], column]).all()
 
 
-def test_denormalising_undoes_normalising_exactly():
-    pixels = torch.arange(256, dtype=torch.uint8).reshape(1, 16, 16).expand(3, -1, -1)
-    mean, std = (torch.tensor(v)[:, None, None] for v in (MEAN, STD))
-    back = sheets.denormalise((pixels / 255 - mean) / std, MEAN, STD)
-    assert (torch.tensor(back).permute(2, 0, 1) == pixels).all()
-
-
-@pytest.mark.parametrize("channels", [1, 2, 3, 5])
-def test_a_crop_sheet_takes_any_number_of_channels(tmp_path, channels):
-    images = [np.full((20, 40, channels), 90, np.uint8)] * 2
-    crops = torch.zeros(2, 2, channels, 32, 32)
-    masks = torch.zeros(2, 2, 16, dtype=torch.bool)
-    masks[0, 1] = True
-    mean, std = [0.5] * channels, [0.2] * channels
-    path = sheets.crop_sheet(
-        images, crops, crops[:, :, :, :16, :16], masks, mean, std, tmp_path / "a.png"
-    )
+@pytest.mark.parametrize("channels, local_count", [(1, 2), (2, 2), (3, 2), (3, 0), (5, 2)])
+def test_crops_are_shown_in_their_own_colours_whatever_their_number(
+    tmp_path, channels, local_count
+):
+    cfg = Config(batch=4)
+    cfg.data.channels, cfg.data.mean, cfg.data.std = channels, (0.5,) * channels, (0.2,) * channels
+    cfg.augment.jitter = cfg.augment.grey = 0
+    cfg.augment.blur = cfg.augment.solarize = (0, 0, 0)
+    cfg.crops.global_size, cfg.crops.local_size, cfg.crops.local_count = 32, 16, local_count
+    cfg.vit.patch = 8
+    images = np.full((8, 40, 40, channels), 90, np.uint8)
+    path = history.draw_crops(Arrays(images, [-1] * 8, [], "x"), cfg, tmp_path / "a.png")
     sheet = np.asarray(Image.open(path)).astype(int)
-    assert (sheet[108, 86] == 90).all()  # the middle of the first image
-    assert (sheet[34:180, 196:340] == 128).all()  # a crop of zeros is the mean
-    assert (sheet[34:180, 360:500] < 128).all()  # the hidden one
-
-
-def test_a_crop_sheet_works_without_local_crops(tmp_path):
-    images, crops = [np.zeros((8, 8, 3), np.uint8)], torch.zeros(1, 2, 3, 8, 8)
-    masks = torch.zeros(1, 2, 4, dtype=torch.bool)
-    path = sheets.crop_sheet(images, crops, crops[:, :0], masks, MEAN, STD, tmp_path / "a.png")
-    seen = np.asarray(Image.open(path))
-    assert [(seen[100, x] < 255).any() for x in (86, 270, 430)] == [True] * 3
+    assert (sheet[28:188, 6:166] == 90).all()  # the first image
+    crops = [sheet[y : y + 160, x : x + 160] for y in range(28, 600, 166) for x in (190, 356)]
+    plain = [(crop == 90).all() for crop in crops]
+    assert len(plain) == 8 and sum(plain) == 4  # the others have hidden patches
+    assert all((crop[crop != 90] < 160).all() for crop in crops)
+    small = [sheet[28:188, x : x + 160] for x in range(540, sheet.shape[1] - 6, 166)]
+    assert len(small) == local_count and all((crop == 90).all() for crop in small)
 
 
 def test_pictures_of_other_number_types_are_shown_in_their_range():
