@@ -82,25 +82,27 @@ def before_and_after(trained, sources, source, cfg, path, most=MOST, count=5):
     asking = spread(test, 6)
     places = random.Random(0).sample(range(len(pool)), min(most or len(pool), len(pool)))
     places = sorted(set(places) - set([] if sources else asking)) or asking
+    green = ";  green: of the query's class" if len(test.classes) > 1 else ""
     networks = {
         f"nearest of {len(places):,} images, by the untrained network": untrained(
             trained, cfg.seed
         ),
-        "by the trained network" + ";  green: of the query's class" * bool(test.classes): trained,
+        f"by the trained network{green}": trained,
     }
     return draw(networks, Part(test, asking), Part(pool, places), cfg, path, count)
 
 
 def spread(source, count):
-    """Places of a few images that can be read, from all over a source."""
+    """Places of a few images that can be read, from all over a source, none of them twice."""
     count = min(count, len(source))
-    # One further each time: labels that take turns are all met.
-    places = [(i * len(source) // count + i) % len(source) for i in range(count)]
-    return [read_or_next(source, place)[1] for place in places]
+    # One further each time, as far as there is room: labels that take turns are all met.
+    places = [i * len(source) // count + i % (len(source) // count) for i in range(count)]
+    return list(dict.fromkeys(read_or_next(source, place)[1] for place in places))
 
 
 def class_of(source, i):
-    return source.classes[source.label(i)] if source.label(i) >= 0 else ""
+    """The class of an image in words; "" without one, or if all images are of one class."""
+    return source.classes[source.label(i)] if source.label(i) >= 0 < len(source.classes) - 1 else ""
 
 
 def name_of(source, i):

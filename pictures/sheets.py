@@ -159,22 +159,20 @@ def position_colours(rows, columns):
     return np.asarray(Image.fromarray(hsv, "HSV").convert("RGB"))
 
 
-def beside(pictures, width=988, highest=420, gap=24, margin=10):
+def beside(pictures, width=988, highest=420, gap=24):
     """Two pictures side by side on a Page, to be drawn on, and where their points are there.
 
     at(side, (x, y))  place on the page of a pixel of the left (0) or right (1) picture
     """
-    proportions = sum(p.shape[1] / p.shape[0] for p in pictures)
-    height = min(highest, round((width - gap - 2 * margin) / proportions))
-    page = Page(width, height + 2 * margin)
-    longer = [page.zoom * height * max(1, p.shape[1] / p.shape[0]) for p in pictures]
-    shown = [fit(picture(p), side) for p, side in zip(pictures, longer, strict=True)]
-    lefts = margin, margin + shown[0].width / page.zoom + gap
-    for image, left in zip(shown, lefts, strict=True):
-        page.large.paste(image, (round(page.zoom * left), page.zoom * margin))
+    forms = [p.shape[1] / p.shape[0] for p in pictures]
+    height = min(highest, round((width - gap) / sum(forms)))
+    page, lefts = Page(width, height), (0, height * forms[0] + gap)
+    for each, left, form in zip(pictures, lefts, forms, strict=True):
+        image = fit(picture(each), page.zoom * height * max(1, form))
+        page.large.paste(image, (round(page.zoom * left), 0))
 
     def at(side, point):
         scale = height / pictures[side].shape[0]
-        return lefts[side] + float(point[0]) * scale, margin + float(point[1]) * scale
+        return lefts[side] + float(point[0]) * scale, float(point[1]) * scale
 
     return page, at

@@ -143,8 +143,23 @@ def test_neighbours_before_and_after_are_framed_where_they_are_of_the_class(draw
     assert green(np.asarray(Image.open("n.png"))) == 0
 
 
+def test_images_of_one_class_are_not_framed(draw, place):
+    folder = make_photos(place / "photos") / "train"
+    (place / "album").mkdir(exist_ok=True)
+    (folder / "dark").rename(place / "album" / "dark")
+    draw("neighbours", "run", f"data={place / 'album'}", "count=3", "out=n.png")
+    (place / "album" / "dark").rename(folder / "dark")
+    assert green(np.asarray(Image.open("n.png"))) == 0
+
+
+@pytest.mark.parametrize("images", [1, 5, 6, 7, 12, 100])
+def test_no_image_asks_twice_however_few_there_are(images):
+    source = Arrays(np.zeros((images, 4, 4, 3)), [-1] * images, [], "x.npy")
+    assert len(set(neighbours.spread(source, 6))) == min(images, 6)
+
+
 def test_neighbours_of_arrays_have_classes_for_names_and_those_of_files_their_own(place):
-    labelled = Arrays(np.zeros((2, 4, 4, 3)), [0, -1], ["dog"], "x.npy")
+    labelled = Arrays(np.zeros((2, 4, 4, 3)), [0, -1], ["dog", "cat"], "x.npy")
     files = open_source(make_photos(place / "photos"), Config())
     assert [neighbours.name_of(labelled, i) for i in (0, 1)] == ["dog", "x.npy[1]"]
     assert neighbours.name_of(files, 0) == files.name(0).split("/")[1]
