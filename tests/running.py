@@ -32,15 +32,18 @@ def tiny(out, photos, *words):
     return [str(TINY), f"out={out}", f"data.root={photos}", *words]
 
 
-def make_photos(root, splits=(("train", 30), ("val", 10)), mode="RGB"):
-    """A folder with train/{dark,light} and val/{dark,light}: noise of two brightnesses."""
+def make_photos(root, splits=(("train", 30), ("val", 10)), mode="RGB", apart=127):
+    """A folder with train/{dark,light} and val/{dark,light}: noise of two brightnesses.
+
+    They are so many levels apart. Where any network tells all from all, floors cannot be mixed up.
+    """
     rng = np.random.default_rng(0)
     for split, count in splits:
         for i in range(count):
             name = ["dark", "light"][i % 2]
             folder = Path(root, split, name)
             folder.mkdir(parents=True, exist_ok=True)
-            pixels = rng.integers(128, size=(24, 28, 3), dtype=np.uint8) + 127 * (i % 2)
+            pixels = rng.integers(255 - apart, size=(24, 28, 3), dtype=np.uint8) + apart * (i % 2)
             Image.fromarray(pixels.astype(np.uint8)).convert(mode).save(folder / f"{i}.png")
     return root
 

@@ -304,6 +304,7 @@ def test_training_compares_as_few_images_as_asked(tmp_path):
     few, again = evaluation_images(cfg), evaluation_images(cfg)
     for part, same in zip(few, again, strict=True):
         assert len(part) == 50 and np.array_equal(part.indices, same.indices)
+        assert max(part.indices) > 50 and len(set(np.diff(part.indices))) > 1  # drawn
     assert set(few[1].labels) <= set(few[0].labels) and len(set(few[0].labels)) > 6
 
 

@@ -220,10 +220,11 @@ def test_few_test_images_are_said_to_be_few(capsys):
     assert not capsys.readouterr().err
 
 
-def test_a_training_network_stays_one():
-    backbone = eval_knn.RawPixels().train()
+def test_a_network_in_training_is_evaluated_as_one_that_is_not():
+    seen, backbone = [], eval_knn.RawPixels().train()
+    backbone.register_forward_pre_hook(lambda network, _: seen.append(network.training))
     eval_knn.evaluate(backbone, sources([0, 1, 2], [0, 1, 2]), config(), "cpu")
-    assert backbone.training
+    assert backbone.training and seen == [False, False]  # training images, test images
 
 
 def test_k_is_what_was_asked_for_or_what_is_possible():
@@ -326,8 +327,8 @@ def test_a_source_whose_files_change_has_another_name_in_the_cache(tmp_path, for
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     folder = tmp_path_factory.mktemp("trained")
-    photos = make_photos(folder / "photos", [("train", 60), ("val", 34)])
-    words = ["steps=2", "log.knn_every=0", "optim.lr=1e-2"]
+    photos = make_photos(folder / "photos", [("train", 60), ("val", 34)], apart=6)
+    words = ["steps=2", "log.knn_every=0", "optim.lr=0.5", "teacher.momentum=0"]
     assert run(folder, tiny(folder / "run", photos, *words)).code == 0
     return folder / "run"
 
@@ -355,6 +356,7 @@ def test_floors_are_those_of_the_training_and_few_shot_has_a_spread(tmp_path, tr
     assert kept["knn_20"] == summary["knn"]
     for floor in "random", "pixels":
         assert kept[f"knn_20_{floor}"] == summary[f"knn_{floor}"]
+    assert len({summary[name] for name in ("knn", "knn_random", "knn_pixels")}) == 3
     line = next(line for line in told.out.splitlines() if line.startswith("knn_3_per_class_3 "))
     values = [float(value) for value in re.findall(r"[\d.]+(?= %)", line)]
     assert values == pytest.approx(

@@ -153,6 +153,25 @@ def test_five_steps_are_those_of_a_plain_oracle(tmp_path, photos, monkeypatch):
             assert torch.allclose(found[f"{part}.{name}"], value, atol=2e-5), f"{part}.{name}"
 
 
+# ---- what no number of a CPU shows --------------------------------------------------------------
+
+
+def test_all_of_a_batch_but_its_colours_moves_to_the_device():
+    cfg = config.load(ROOT / "tests" / "tiny.yaml", ["data.root=synthetic"])
+    batch = next(data.loader(cfg, open_source("synthetic", cfg)))
+    moved = train.to_device(batch, cfg, torch.device("meta"))._asdict()
+    stayed = [name for name, x in moved.items() if torch.is_tensor(x) and not x.is_meta]
+    assert stayed == ["global_colour", "local_colour"]
+
+
+def test_the_teacher_drops_nothing_and_is_no_network_in_training():
+    cfg = config.load(ROOT / "tests" / "tiny.yaml", ["data.root=synthetic"])
+    student, teacher, *_ = train.build(cfg, CPU)
+    assert student.training and all(student.backbone.drop_path)
+    assert not teacher.training and not any(teacher.backbone.drop_path)
+    assert not any(p.requires_grad for p in teacher.parameters())
+
+
 # ---- no key is dead -----------------------------------------------------------------------------
 
 # Keys that change nothing of what a step is, and who looks after them.

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import termios
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -25,6 +26,7 @@ import train
 from config import Config
 from images.sources import open_source
 from monitor import card, report, results
+from optim import schedules
 
 TERMS = ["dino_global", "dino_local", "ibot", "koleo"]
 HEALTH = ["teacher_entropy", "prototypes_used", "koleo_distance", "rankme"]
@@ -60,9 +62,10 @@ def test_each_line_of_the_log_has_all_numbers(whole):
 
 
 def test_knn_is_logged_where_it_is_evaluated(whole):
-    found = [(line["step"], sorted(line)) for line in log_of(whole[0]) if "knn" in line]
-    assert [step for step, _ in found] == [0, 5, 10, 12]
-    assert found[0][1] == ["images", "knn", "knn_pixels", "knn_random", "seconds", "step"]
+    found = [line for line in log_of(whole[0]) if "knn" in line]
+    assert [line["step"] for line in found] == [0, 5, 10, 12]
+    assert [line["images"] for line in found] == [0, 40, 80, 96]
+    assert sorted(found[0]) == ["images", "knn", "knn_pixels", "knn_random", "seconds", "step"]
 
 
 def test_the_summary_holds_what_the_run_has_reached(whole):
@@ -90,6 +93,18 @@ def test_the_card_says_what_one_asks_before_a_long_run(whole):
         "an untrained network starts near dino_global", "ln K = 3.47", str(whole[0]),
     ]:  # fmt: skip
         assert text in said, text
+
+
+def test_it_is_the_teacher_that_is_evaluated(monkeypatch):
+    seen, silent = [], SimpleNamespace(rank=1, evaluation=lambda *_: None)
+    evaluate = lambda backbone, *_: seen.append(backbone) or {"knn_20": 50.0}  # noqa: E731
+    monkeypatch.setattr(results.eval_knn, "evaluate", evaluate)
+    parts = {name: SimpleNamespace(backbone=name) for name in ("student", "teacher")}
+    run = SimpleNamespace(cfg=Config(), report=silent, held_out=([], []), device=None, **parts)
+    run.cfg.log.pictures = False
+    results.evaluate_run(run, 5)
+    results.final_report(run)
+    assert seen == ["teacher", "teacher"]
 
 
 def test_pixels_that_would_fill_the_memory_are_no_floor(monkeypatch):
@@ -273,6 +288,42 @@ def silent_reporter(said):
     reporter = object.__new__(report.Reporter)
     reporter.cfg, reporter.warned, reporter.say = Config(), set(), said.append
     return reporter
+
+
+def test_speed_and_waiting_are_those_since_the_line_before(monkeypatch):
+    lines, clock = [], iter([110.0] * 2 + [120.0] * 2)
+    reporter = silent_reporter([])
+    reporter.cfg.batch, reporter.device, reporter.met = 8, torch.device("cpu"), []
+    reporter.rank, reporter.world, reporter.bad, reporter.images = 0, 1, set(), 100
+    reporter.last, reporter.waited = (2, 100.0), 5.0
+    reporter.seconds, reporter.write, reporter.show = lambda: 0.0, lines.append, lambda line: None
+    monkeypatch.setattr(report.time, "time", lambda: next(clock))
+    for done in 12, 17:
+        reporter.step(done, {"loss": torch.tensor(1.0)}, schedules(done, reporter.cfg))
+    assert [line["images_per_second"] for line in lines] == [8.0, 4.0]
+    assert [line["data_wait"] for line in lines] == [0.5, 0.0]
+
+
+def test_the_time_that_is_left_is_that_of_the_images_that_are_left():
+    said = []
+    reporter = silent_reporter(said)
+    reporter.rows, reporter.cfg.steps, reporter.cfg.batch = [], 100, 64
+    numbers = dict.fromkeys(("images", "loss", "lr", "data_wait", "memory_gb"), 0)
+    reporter.show(numbers | {"step": 40, "images_per_second": 32.0})
+    assert "ETA 02:00" in said[0]
+
+
+def test_a_continued_run_knows_its_floors_and_the_time_before(tmp_path, monkeypatch):
+    lines = [{"step": 0, "knn": 3.0, "knn_random": 1.0, "knn_pixels": 2.0, "seconds": 0.5}]
+    lines += [{"step": n, "loss": 1.0, "seconds": 10.0 * n} for n in (1, 2, 3)]
+    (tmp_path / "log.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    reporter = silent_reporter([])
+    reporter.out, reporter.floors, reporter.seconds_before = tmp_path, {}, 0.0
+    assert reporter.earlier_lines(2) == lines[:3]  # step 3 is done again
+    assert reporter.to_beat() == " (untrained network 1.0 %, raw pixels 2.0 %)"
+    reporter.began = 100.0
+    monkeypatch.setattr(report.time, "time", lambda: 107.0)
+    assert reporter.seconds() == 27.0
 
 
 HEALTHY = dict(zip(HEALTH, [5.0, 0.5, 0.8, 100.0], strict=True))

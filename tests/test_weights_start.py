@@ -15,9 +15,10 @@ from PIL import Image
 from running import ROOT, log_of, make_photos, run, tensors_of, tiny
 from safetensors.torch import save_file
 
+import train
 from config import UserError, documented, load, lookup
 from optim import compress
-from train import build, outline
+from train import Run, build, outline
 from vit import VisionTransformer
 from weights.checkpoint import read
 from weights.load import contents
@@ -101,6 +102,13 @@ def test_student_and_teacher_both_start_from_the_file_and_the_heads_are_new(rgb)
         for name, value in net.named_parameters():
             part, _, key = name.partition(".")
             assert torch.equal(value, saved[key] if part == "backbone" else fresh[name]), name
+
+
+def test_a_run_gives_the_file_to_student_and_teacher(rgb):
+    begun = Run(config_of(rgb), torch.device("cpu"), ())
+    saved = read(rgb / "teacher.pt")["backbone"]
+    for net in begun.student, begun.teacher:
+        assert all(torch.equal(p, saved[name]) for name, p in net.backbone.named_parameters())
 
 
 def test_images_that_are_normalised_in_another_way_are_said(rgb):
@@ -295,6 +303,19 @@ def test_schedules_are_compressed_in_proportion():
     compress(cfg, 10000)
     assert (cfg.steps, cfg.optim.warmup, cfg.teacher.temp_warmup) == (10000, 1600, 600)
     assert cfg.optim.freeze_last_layer == 20
+
+
+def test_fresh_heads_have_a_config_of_their_own(monkeypatch):
+    cfg, trained = load(ROOT / "configs" / "vitl14.yaml", ["init_from=x", "head_steps=10000"]), []
+    monkeypatch.setattr(train, "train", lambda cfg, device: trained.append(cfg))
+    train.train_heads(cfg, None)
+    (heads,) = trained
+    assert (heads.steps, heads.optim.warmup, heads.head_steps) == (10000, 1600, 0)
+    assert (heads.init_from, heads.out) == ("x", f"{cfg.out}/heads")
+    assert heads.optim.freeze_backbone and heads.vit.drop_path == 0 < cfg.vit.drop_path
+    # The run itself goes on as it was, from their result.
+    assert (cfg.init_from, cfg.init_heads, cfg.head_steps) == (f"{cfg.out}/heads", True, 0)
+    assert (cfg.steps, cfg.optim.freeze_backbone) == (625000, False)
 
 
 # ---- the high-resolution stage ------------------------------------------------------------------
