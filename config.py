@@ -498,7 +498,7 @@ def help_text(usage, keys=("",)):
 def take_options(words, defaults, least=None):
     """A program's own options, by their defaults, out of key=value words: (namespace, the rest).
 
-    least: the smallest value that an option may have
+    least: the smallest values that options may have
 
     Raises UserError where a value is not of the default's type, or a word is almost an option.
     """
@@ -513,7 +513,7 @@ def take_options(words, defaults, least=None):
         else:
             rest.append(os.path.expanduser(word))
     for key, value in (least or {}).items():
-        if getattr(options, key) < value:
+        if getattr(options, key, value) < value:
             raise UserError(f"{key}={getattr(options, key)} must be at least {value}")
     return options, rest
 

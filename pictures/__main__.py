@@ -35,46 +35,35 @@ from images.evaluation import labelled_images
 from images.reader import read_image
 from images.sources import Arrays, open_source
 from parallel import pick_device, progress
-from pictures import history, matching, sheets
+from pictures import matching, sheets
+from pictures.history import animate, draw_curves
 from pictures.neighbours import before_and_after, draw
 from pictures.patches import attention_maps, foreground, patch_features, pca_colours
 from pictures.plot import BLUE, GREEN, INK, ORANGE, PAPER
 from weights.load import load_backbone
 
-READING = {"out": "", "size": 0, "shifts": 0, "layer": -1}
+# What each command that looks into a network can be told; `out` all can.
+READING = {"size": 0, "shifts": 0, "layer": -1}
 FINDING = READING | {"foreground": False}
-MATCHING = {"points": "", "alpha": 0.1}
+MATCHING = FINDING | {"points": "", "alpha": 0.1}
 LEAST = {"size": 0, "shifts": 0, "alpha": 0, "count": 1}
-# Of each command what follows it, the fewest and the most of these, and its options.
-COMMANDS = {
-    "curves": ("RUN [RUN ...]", 1, 99, {"out": ""}),
-    "neighbours": ("RUN [IMAGE ...]", 1, 999, {"out": "", "data": "", "count": 5}),
-    "match": ("RUN IMAGE IMAGE", 3, 3, FINDING | MATCHING),
-    "pca": ("RUN IMAGE ...", 2, 999, FINDING),
-    "attention": ("RUN IMAGE ...", 2, 999, READING),
-    "animation": ("RUN", 1, 1, {"out": ""}),
-}
-
-
-# ---- reading ------------------------------------------------------------------------------------
 
 
 class Network:
     """A backbone and what it needs to know of its images."""
 
-    def __init__(self, run, shifts=0, layer=-1, **_):
-        """Of the options only those are taken that must fit the network: they are checked."""
+    def __init__(self, run, o=None):
         net, self.cfg = load_backbone(run, with_config=True)
         self.net = net.to(pick_device(self.cfg.device))
         self.norm = self.cfg.data.mean, self.cfg.data.std
-        if shifts > net.patch:
-            raise UserError(f"shifts={shifts}: a patch has {net.patch} pixels, use at most that")
-        if not -net.depth <= layer < net.depth:
-            raise UserError(f"layer={layer}: the network has blocks 0 to {net.depth - 1}")
+        if getattr(o, "shifts", 0) > net.patch:
+            raise UserError(f"shifts={o.shifts}: a patch has {net.patch} pixels, use at most that")
+        if not -net.depth <= getattr(o, "layer", 0) < net.depth:
+            raise UserError(f"layer={o.layer}: the network has blocks 0 to {net.depth - 1}")
 
     def read(self, file):
         """A picture or array as (H, W, C) with the channels of the network."""
-        channels = self.cfg.data.channels
+        channels, (mean, std) = self.cfg.data.channels, map(np.float32, self.norm)
         try:
             image = read_image(file, channels, max_pixels=0)
         except Exception as error:  # a decoder fed with damaged bytes raises anything
@@ -83,7 +72,6 @@ class Network:
             raise UserError(
                 f"{file}: {reason}; this network reads images of {channels} channels"
             ) from None
-        mean, std = map(np.float32, self.norm)
         if image.dtype.kind == "f" and not (abs(image - mean) < 30 * std).all():
             raise UserError(
                 f"{file}: values from {image.min():g} to {image.max():g}, but this network knows "
@@ -100,8 +88,9 @@ class Network:
 # ---- PCA and attention --------------------------------------------------------------------------
 
 
-def pca(network, files, o, path):
+def pca(run, files, o, path):
     """Patch features as colours, alike over all images."""
+    network = Network(run, o)
     images = [network.read(file) for file in files]
     features = network.features(images, o)
     rows = [(["images"], images, [Path(file).name for file in files])]
@@ -113,13 +102,12 @@ def pca(network, files, o, path):
     return sheets.write(sheet, path)
 
 
-def attention(network, files, o, path):
+def attention(run, files, o, path):
     """For each image a row for [CLS] and for each register: the mean of the heads, and each."""
+    network = Network(run, o)
     rows, depth, heads = [], network.net.depth, network.net.blocks[0].attn.heads
     block = o.layer % depth
-    names = ["mean", *(f"head {i}" for i in range(heads))]
-    columns = 1 + len(names)
-    columns = columns if columns <= 14 else -(-columns // 2)
+    columns = heads + 2 if heads <= 12 else (heads + 3) // 2  # with the image and the mean
     side = min(max(1300 // columns, 140), 260)
     for file in progress(files, desc="attention", unit=" images"):
         image = network.read(file)
@@ -128,8 +116,9 @@ def attention(network, files, o, path):
             title = f"register {token}" if token else "[CLS]"
             title = f"{Path(file).name}: attention of {title}, block {block} (of 0 to {depth - 1})"
             pictures, words = [image], ["image"]
-            for name, map_HW in zip(names, (map_AHW.mean(dim=0), *map_AHW), strict=True):
+            for head, map_HW in enumerate((map_AHW.mean(dim=0), *map_AHW), start=-1):
                 pictures.append(sheets.overlay(image, map_HW, side))
+                name = "mean" if head < 0 else f"head {head}"
                 words.append(f"{name}, {100 * map_HW.sum():.0f} % on patches")
             rows.append(([title], pictures, words))
     return sheets.write(sheets.bands(rows, side, columns), path)
@@ -138,25 +127,26 @@ def attention(network, files, o, path):
 # ---- matching -----------------------------------------------------------------------------------
 
 
-def match(network, files, o, path):
+def match(run, files, o, path):
     """Mutual nearest patches, the dense field, and keypoints with PCK, of two images."""
+    network = Network(run, o)
     images = [network.read(file) for file in files]
     sizes = [(image.shape[1], image.shape[0]) for image in images]
     points = matching.read_points(o.points, sizes) if o.points else None
     maps = network.features(images, o)
-    pairs = matching.mutual_nearest(*maps)
     keep = foreground(maps) if o.foreground else [torch.ones(m.shape[:2]).bool() for m in maps]
+    pairs = matching.mutual_nearest(*maps)
     pairs = pairs[keep[0].flatten()[pairs[:, 0]] & keep[1].flatten()[pairs[:, 1]]]
-    place, _ = matching.nearest(maps[1], maps[0])
-    wheel = sheets.position_colours(*maps[0].shape[:2])
-    fields = [wheel, wheel.reshape(-1, 3)[place.numpy()]]
-    fields = [f * k.numpy()[:, :, None] for f, k in zip(fields, keep, strict=True)]
+    # Places of the left image have colours, and those on the right have that of their nearest.
+    left = sheets.position_colours(*maps[0].shape[:2])
+    colours = left.reshape(-1, 3)
+    right = colours[matching.nearest(maps[1], maps[0])[0].numpy()]
+    fields = [c * k.numpy()[:, :, None] for c, k in zip((left, right), keep, strict=True)]
     tinted, _ = sheets.beside([sheets.tinted(*both) for both in zip(images, fields, strict=True)])
     linked, at = sheets.beside(images)
-    for i, j in matching.best_of_regions(pairs, maps[0].shape):
-        ends = [matching.centres(p, m, s) for p, m, s in zip((i, j), maps, sizes, strict=True)]
-        ends = at(0, ends[0]), at(1, ends[1])
-        colour = tuple(wheel.reshape(-1, 3)[i].tolist())
+    for pair in matching.best_of_regions(pairs, maps[0].shape):
+        ends = [at(n, matching.centres(pair[n], maps[n], sizes[n])) for n in (0, 1)]
+        colour = tuple(colours[pair[0]].tolist())
         linked.line(ends, PAPER, 3)
         linked.line(ends, colour, 1.6)
         for x, y in ends:
@@ -168,8 +158,8 @@ def match(network, files, o, path):
     }
     if points:
         found = matching.transfer(points[0], *maps, *sizes)
-        title = keypoint_title(found, points, sizes[1], o.alpha)
-        bands[title] = draw_keypoints(images, found, *points[:2])
+        title = keypoint_title(found, points[1], sizes[1], o.alpha)
+        bands[title] = draw_keypoints(images, found, *points)
     rows = [([title], [np.asarray(page.finished())], None) for title, page in bands.items()]
     return sheets.write(sheets.bands(rows, linked.size[0]), path)
 
@@ -191,16 +181,13 @@ def draw_keypoints(images, found, points, truth):
     return page
 
 
-def keypoint_title(found, points, size, alpha):
-    """The words over the keypoints, with PCK where the truth is known; they are printed too."""
-    _, truth, box = points
+def keypoint_title(found, truth, size, alpha):
+    """The words over the keypoints, with PCK where the truth is known; it is printed too."""
     if truth is None:
         return f"{len(found)} keypoints of the left image, found in the right one"
-    extent = max(size) if box is None else (box[2:] - box[:2]).max().item()
-    share = matching.pck(found, truth, alpha, extent)
-    side = "image" if box is None else "box"
+    share = matching.pck(found, truth, alpha, max(size))
     words = f"PCK@{alpha:g} = {share:.1f} % of {len(found)} keypoints"
-    print(f"{words} (within {alpha * extent:.1f} pixels, {alpha:g} of the {side}'s longer side)")
+    print(f"{words} (within {alpha * max(size):.1f} pixels, {alpha:g} of the longer side)")
     return words + "; a cross is where one belongs, a line how far it is off"
 
 
@@ -214,34 +201,32 @@ def unlabelled(network, files):
     return source
 
 
-def neighbours(network, files, o, path):
+def neighbours(run, files, o, path):
     """The images of a data set whose [CLS] features are most like those of a query."""
+    network = Network(run, o)
     cfg = network.cfg
     if o.data:
         cfg.data.root, cfg.data.val = o.data, ""
     if not cfg.data.root:
         raise UserError("data is empty: name the images to search, as in data=/photos")
-    if files:
-        pool = open_source(cfg.data.root, cfg)
-        networks = {f"most similar of {len(pool):,} images (cosine of [CLS])": network.net}
-        return draw(networks, unlabelled(network, files), pool, cfg, path, o.count)
-    source = open_source(cfg.data.root, cfg)
-    return before_and_after(network.net, labelled_images(cfg), source, cfg, path, 0, o.count)
+    pool = open_source(cfg.data.root, cfg)
+    if not files:
+        return before_and_after(network.net, labelled_images(cfg), pool, cfg, path, 0, o.count)
+    networks = {f"most similar of {len(pool):,} images (cosine of [CLS])": network.net}
+    return draw(networks, unlabelled(network, files), pool, cfg, path, o.count)
 
 
 # ---- command line -------------------------------------------------------------------------------
 
-
-def parse(argv):
-    """(command, files, options) from the words of the command line."""
-    command, *words = argv
-    if command not in COMMANDS:
-        raise UserError(f"{command}: unknown picture; use one of {', '.join(COMMANDS)}")
-    usage, least, most, defaults = COMMANDS[command]
-    o, files = take_options(words, defaults, {k: LEAST[k] for k in LEAST if k in defaults})
-    if not least <= len(files) <= most:
-        raise UserError(f"write `python -m pictures {command} {usage}`; --help says more")
-    return command, files, o
+# Of each command what draws it, what follows it, and its options.
+COMMANDS = {
+    "curves": (lambda run, others, o, path: draw_curves(run, path, others), "RUN [RUN ...]", {}),
+    "neighbours": (neighbours, "RUN [IMAGE ...]", {"data": "", "count": 5}),
+    "match": (match, "RUN IMAGE IMAGE", MATCHING),
+    "pca": (pca, "RUN IMAGE ...", FINDING),
+    "attention": (attention, "RUN IMAGE ...", READING),
+    "animation": (lambda run, files, o, path: animate(run, path), "RUN", {}),
+}
 
 
 @report_errors
@@ -249,17 +234,18 @@ def main(argv):
     if not argv or "-h" in argv or "--help" in argv:
         print(__doc__.partition("\n\n")[2].strip())
         sys.exit(0 if argv else 2)
-    command, (run, *files), o = parse(argv)
+    command, *words = argv
+    if command not in COMMANDS:
+        raise UserError(f"{command}: unknown picture; use one of {', '.join(COMMANDS)}")
+    drawn, usage, options = COMMANDS[command]
+    o, words = take_options(words, {"out": ""} | options, LEAST)
+    least = sum(word.isalpha() for word in usage.split())
+    if len(words) < least or (len(words) > least and "..." not in usage):
+        raise UserError(f"write `python -m pictures {command} {usage}`; --help says more")
+    run, *files = words
     name = f"{command}.{'gif' if command == 'animation' else 'png'}"
     path = Path(o.out) if o.out else Path(run if Path(run).is_dir() else "", name)
-    if command == "curves":
-        where = history.draw_curves(run, path, files)
-    elif command == "animation":
-        where = history.animate(run, path)
-    else:
-        drawn = {"pca": pca, "attention": attention, "match": match, "neighbours": neighbours}
-        where = drawn[command](Network(run, **vars(o)), files, o, path)
-    print(f"wrote {where}")
+    print(f"wrote {drawn(run, files, o, path)}")
 
 
 if __name__ == "__main__":

@@ -68,8 +68,8 @@ def transfer(points, a, b, size_a, size_b):
 def pck(found, truth, alpha, extent):
     """Percentage of correct keypoints: found (K, 2) within alpha * extent pixels of truth (K, 2).
 
-    extent  the longer side of the object's box in the image where they are searched (SPair-71k,
-            PF-Pascal), or of that image where no box is known
+    extent  the longer side of the image where they are searched, or of the object's box there
+            (SPair-71k, PF-Pascal)
     """
     distance = (torch.as_tensor(found) - torch.as_tensor(truth)).double().norm(dim=1)
     return 100 * (distance <= alpha * extent).double().mean().item()
@@ -88,21 +88,17 @@ def best_of_regions(pairs, grid, regions=6):
 
 
 def read_points(path, sizes):
-    """Keypoints of a file: points of a (K, 2), of b (K, 2) or None, box of b or None.
+    """Keypoints of a file: (points of a (K, 2), points of b (K, 2) or None).
 
-    {"a": [[x, y], ...], "b": [[x, y], ...], "box_b": [left, top, right, bottom]}
-    b, with which PCK is measured, and box_b may be left out. sizes are those of the two images.
+    {"a": [[x, y], ...], "b": [[x, y], ...]}
+    b, with which PCK is measured, may be left out. sizes are those of the two images.
     """
     try:
         given = json.loads(Path(path).read_text(encoding="utf-8"))
-        a, b, box = (
-            None if given.get(key) is None else torch.tensor(given[key], dtype=torch.float64)
-            for key in ("a", "b", "box_b")
-        )
-        if a is None or a.shape[1:] != (2,) or (b is not None and b.shape != a.shape):
+        a = torch.tensor(given.get("a", []), dtype=torch.float64)
+        b = torch.tensor(given["b"], dtype=torch.float64) if "b" in given else None
+        if a.shape[1:] != (2,) or (b is not None and b.shape != a.shape):
             raise ValueError("a and b must be equally many pairs [x, y]")
-        if box is not None and (box.shape != (4,) or (box[2:] <= box[:2]).any()):
-            raise ValueError("box_b must be [left, top, right, bottom]")
         for name, points, size in zip("ab", (a, b), sizes, strict=True):
             for x, y in points.tolist() if points is not None else []:
                 if not (0 <= x <= size[0] and 0 <= y <= size[1]):
@@ -113,4 +109,4 @@ def read_points(path, sizes):
             f'points={path}: {reason}; write {{"a": [[x, y], ...], "b": [[x, y], ...]}}, in pixels '
             "from the upper left corners"
         ) from None
-    return a, b, box
+    return a, b

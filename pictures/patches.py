@@ -5,16 +5,13 @@
 
 An image of any size and proportions is read with interpolated positions. The map can be finer than
 the patches: the picture is read several times, each time moved by a part of a patch, and the grids
-are interleaved; nothing is smoothed or made up. A picture too large for one pass is read in
-windows that overlap by half, and features are averaged where they do: the nearer a patch is to the
-middle of a window, the more it counts there, so that no edges show.
+are interleaved; nothing is smoothed or made up.
 
 Shapes:  H W rows and columns of the map   D features of a patch   N patches of all images together
          S shifts along each side, so S * S views of a picture   A attention heads
          T = 1 + R + patches: the tokens ([CLS], registers, patches)   C channels of an image
 """
 
-import itertools
 import math
 
 import numpy as np
@@ -26,7 +23,6 @@ from images.evaluation import normalised, resize
 
 SHORT_SIDE = 32  # patches: what a larger picture is reduced to, unless a size is asked for
 FINE = 24  # rows and columns that a map has at least, if need be by shifts
-WINDOW = 64  # patches a side that are read in one pass
 
 
 # ---- reading an image ---------------------------------------------------------------------------
@@ -37,10 +33,9 @@ def to_pixels(image, patch, mean, std, size=0):
 
     size  pixels of the shorter side; 0: those of the image, but 1 to SHORT_SIDE patches
     """
-    height, width = image.shape[:2]
-    short = min(height, width)
+    short = min(image.shape[:2])
     factor = (size or min(max(short, patch), SHORT_SIDE * patch)) / short
-    height, width = (max(1, round(n * factor / patch)) * patch for n in (height, width))
+    height, width = (max(1, round(n * factor / patch)) * patch for n in image.shape[:2])
     pixels = torch.tensor(resize(image, height, width)).permute(2, 0, 1)
     return normalised(pixels, mean, std)[None]
 
@@ -74,39 +69,14 @@ def patch_features(net, image, mean, std, size=0, shifts=0, layer=None, dtype=to
     layer   the block whose output it is, under the final norm; None: the last
     dtype   of the images, and so of what is computed
     """
-    patch = net.patch
-    pixels = to_pixels(image, patch, mean, std, size).to(net.pos_embed.device)
-    views = shifted(pixels, patch, shifts).to(dtype)
-    rows, columns = (n // patch for n in pixels.shape[2:])
-    total, count = torch.zeros(len(views), rows, columns, net.dim), torch.zeros(rows, columns, 1)
-    for top, left in itertools.product(starts(rows, WINDOW), starts(columns, WINDOW)):
-        y, x = slice(top, min(top + WINDOW, rows)), slice(left, min(left + WINDOW, columns))
-        window = views[:, :, y.start * patch : y.stop * patch, x.start * patch : x.stop * patch]
-        parts = window.split(16)  # many shifts at once would need much memory
-        tokens = torch.cat([patch_tokens(net, part, layer).float().cpu() for part in parts])
-        share = torch.outer(middle(y.stop - top), middle(x.stop - left))[:, :, None]
-        total[:, y, x] += share * tokens.unflatten(1, share.shape[:2])
-        count[y, x] += share
-    return interleave(total / count)
-
-
-def starts(length, side):
-    """Where windows begin that cover `length` patches, each over half of the next or more."""
-    last = max(0, length - side)
-    return sorted({min(begin, last) for begin in range(0, length, max(1, side // 2))})
-
-
-def middle(length):
-    """What each of so many patches counts: its distance to the nearer end, in patches."""
-    at = torch.arange(length) + 0.5
-    return torch.minimum(at, length - at)
-
-
-def patch_tokens(net, pixels, layer=None):
-    """Normalised images -> patch tokens (B, N, D) after the last block, or after this one."""
-    if layer is None:  # called, not one of its methods: sharded weights are gathered by the call
-        return net(pixels, is_training=True)["x_norm_patchtokens"]
-    return net.get_intermediate_layers(pixels, [layer])[0]
+    pixels = to_pixels(image, net.patch, mean, std, size).to(net.pos_embed.device)
+    tokens = []
+    for views in shifted(pixels, net.patch, shifts).to(dtype).split(16):  # bounded memory
+        if layer is None:  # called, not one of its methods: the call gathers sharded weights
+            tokens.append(net(views, is_training=True)["x_norm_patchtokens"].float().cpu())
+        else:
+            tokens.append(net.get_intermediate_layers(views, [layer])[0].float().cpu())
+    return interleave(torch.cat(tokens).unflatten(1, (pixels.shape[2] // net.patch, -1)))
 
 
 # ---- attention ----------------------------------------------------------------------------------

@@ -81,12 +81,12 @@ def test_centres_are_the_middles_of_patches():
 
 def test_points_are_read_with_what_they_are_compared_with(tmp_path):
     sizes = (40, 30), (50, 20)
-    (tmp_path / "a.json").write_text('{"a": [[1, 2]], "b": [[3, 4]], "box_b": [0, 0, 10, 20]}')
+    (tmp_path / "a.json").write_text('{"a": [[1, 2]], "b": [[3, 4]]}')
     (tmp_path / "b.json").write_text('{"a": [[1, 2], [5, 6]]}')
-    a, b, box = matching.read_points(tmp_path / "a.json", sizes)
-    assert (a.tolist(), b.tolist(), box.tolist()) == ([[1, 2]], [[3, 4]], [0, 0, 10, 20])
-    a, b, box = matching.read_points(tmp_path / "b.json", sizes)
-    assert (a.tolist(), b, box) == ([[1, 2], [5, 6]], None, None)
+    a, b = matching.read_points(tmp_path / "a.json", sizes)
+    assert (a.tolist(), b.tolist()) == ([[1, 2]], [[3, 4]])
+    a, b = matching.read_points(tmp_path / "b.json", sizes)
+    assert (a.tolist(), b) == ([[1, 2], [5, 6]], None)
 
 
 @pytest.mark.parametrize(
@@ -98,7 +98,6 @@ def test_points_are_read_with_what_they_are_compared_with(tmp_path):
         ("a.json", "[1, 2]", "write"),
         ("a.json", '{"a": [[1, 41]]}', r"\(1, 41\) of a lies outside its image of \(40, 30\)"),
         ("a.json", '{"a": [[1, 2]], "b": [[51, 2]]}', "of b lies outside"),
-        ("a.json", '{"a": [[1, 2]], "box_b": [5, 5, 5, 9]}', "box_b must be"),
         ("a.json", '{"a": [[1, "two"]]}', "write"),
         ("a.csv", "x_a,y_a\n1,2\n", "write"),
     ],

@@ -1,4 +1,4 @@
-"""Proves the maths of pictures/patches.py: PCA, foreground, attention, shifts, sliding windows.
+"""Proves the maths of pictures/patches.py: PCA, foreground, attention, shifts.
 
 Run: pytest tests/test_pictures_patches.py
 """
@@ -129,39 +129,13 @@ def direct(net, pixels):
 
 
 @pytest.mark.parametrize("height, width", [(16, 16), (24, 40), (21, 9)])
-def test_one_window_and_one_shift_are_the_plain_forward_pass(height, width, monkeypatch):
+def test_one_shift_is_the_plain_forward_pass(height, width):
     net, picture = network(), image(height, width)
     pixels = patches.to_pixels(picture, 4, MEAN, STD)
     want = direct(net, pixels).unflatten(0, (pixels.shape[2] // 4, -1))
-    for window in (10, 64):  # patches a side
-        monkeypatch.setattr(patches, "WINDOW", window)
-        got = patches.patch_features(net, picture, MEAN, STD, shifts=1)
-        assert got.shape == (round(height / 4), round(width / 4), 32)
-        assert torch.allclose(got, want, atol=1e-5)
-
-
-def test_windows_cover_every_patch_and_overlap_by_half():
-    for length in range(1, 40):
-        for side in range(1, 12):
-            begins = patches.starts(length, side)
-            seen = {i for b in begins for i in range(b, min(b + side, length))}
-            assert seen == set(range(length)) and begins == sorted(set(begins))
-            steps = np.diff(begins)
-            assert (steps <= max(1, side // 2)).all() if len(steps) else length <= side
-
-
-def test_windows_are_read_apart_and_averaged(monkeypatch):
-    net, picture = network(), image(16, 48)
-    pixels = patches.to_pixels(picture, 4, MEAN, STD)
-    total, count = torch.zeros(4, 12, 32), torch.zeros(12)
-    for begin in (0, 2, 4, 6, 8):  # windows of 4 patches
-        part = direct(net, pixels[:, :, :, 4 * begin : 4 * begin + 16]).unflatten(0, (4, 4))
-        for column, share in enumerate((0.5, 1.5, 1.5, 0.5)):  # to the middle of the window
-            total[:, begin + column] += share * part[:, column]
-            count[begin + column] += share
-    monkeypatch.setattr(patches, "WINDOW", 4)
     got = patches.patch_features(net, picture, MEAN, STD, shifts=1)
-    assert torch.allclose(got, total / count[:, None], atol=1e-5)
+    assert got.shape == (round(height / 4), round(width / 4), 32)
+    assert torch.allclose(got, want, atol=1e-5)
 
 
 def test_shifts_give_each_place_the_patch_around_it():
