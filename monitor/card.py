@@ -10,30 +10,27 @@ import torch
 import dinov2
 from attention import fastest
 from optim import scaled_lr
-from parallel import compiles, dtype_of, multiplies_bf16, ranks
+from parallel import compiles, counted, dtype_of, multiplies_bf16, ranks
 
 NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
 def start_card(cfg, source, held_out, student, device, start):
-    """Everything one asks before a long run, on one screen."""
+    """Its text. start: so many steps were taken before."""
     c, world, K = cfg.crops, ranks()[1], cfg.head.prototypes
-    attention = cfg.attention
-    if attention == "auto":
-        attention += f" ({fastest(device, dtype_of(cfg))})"
-    parts = {
-        name: sum(p.numel() for p in part.parameters()) for name, part in student.named_children()
-    }
-    values = dinov2.start_values(cfg)
+    fast = f" ({fastest(device, dtype_of(cfg))})" if cfg.attention == "auto" else ""
+    parts = [
+        f"{name} {sum(p.numel() for p in part.parameters()) / 1e6:.2f} M"
+        for name, part in student.named_children()
+    ]
+    values = [f"{name} {value:.3f}" for name, value in dinov2.start_values(cfg).items()]
     rows = {
-        "device": f"{device} ({device_name(device)}), {NAMES[dtype_of(cfg)]}, "
-        f"{counted(world, 'process', 'processes')}, parallel={cfg.parallel}, attention={attention}",
+        "device": f"{device} ({device_name(device)}), {NAMES[dtype_of(cfg)]}, {world} "
+        f"process{'es' * (world > 1)}, parallel={cfg.parallel}, attention={cfg.attention}{fast}",
         "images": f"{len(source):,} from {cfg.data.root}, {classes_of(source)}",
         "left out": ", ".join(f"{n:,} {why}" for why, n in getattr(source, "left_out", {}).items()),
         "k-NN": knn_words(cfg, held_out),
-        "network": f"{cfg.vit.size}/{cfg.vit.patch}: "
-        + ", ".join(f"{name} {count / 1e6:.2f} M" for name, count in parts.items())
-        + " parameters",
+        "network": f"{cfg.vit.size}/{cfg.vit.patch}: {', '.join(parts)} parameters",
         "teacher": f"{cfg.distill.teacher}, frozen; iBOT on {cfg.distill.tokens} patches"
         if cfg.distill.teacher
         else "",
@@ -42,10 +39,9 @@ def start_card(cfg, source, held_out, student, device, start):
         "steps": f"{start:,} to {cfg.steps:,}, {cfg.steps * cfg.batch / len(source):.1f} epochs",
         "lr": f"{scaled_lr(cfg.optim.lr, cfg.batch):.2e} at its peak (optim.lr={cfg.optim.lr:g} x "
         f"sqrt({cfg.batch} / 1024))",
-        "loss": "an untrained network starts near "
-        + ", ".join(f"{name} {value:.3f}" for name, value in values.items())
-        + f" (K = {K:,}, ln K = {math.log(K):.2f})",
-        "output": f"{cfg.out}/ (log.jsonl, summary.json, teacher.pt, checkpoints/, pictures)",
+        "loss": f"an untrained network starts near {', '.join(values)} "
+        f"(K = {K:,}, ln K = {math.log(K):.2f})",
+        "output": f"{cfg.out}/",
         "note": "; ".join(notes(cfg, device)),
     }
     title = f"nanoDINOv2 continues after step {start:,}" if start else "nanoDINOv2 starts"
@@ -57,23 +53,19 @@ def start_card(cfg, source, held_out, student, device, start):
     return "\n".join([title, *rows])
 
 
-def counted(number, one, many):
-    return f"{number:,} {one if number == 1 else many}"
-
-
 def classes_of(source):
     """How many classes there are, and their names where few: folders of albums are no classes."""
     names = source.classes
     if not names:
         return "no labels"
     few = f" ({', '.join(map(str, names))})" if len(names) <= 8 else ""
-    return counted(len(names), "class", "classes") + few
+    return f"{len(names):,} class{'es' * (len(names) > 1)}{few}"
 
 
 def knn_words(cfg, held_out):
     if not held_out:
-        wanted = cfg.log.knn
-        return "none, for want of labelled held-out images (data.val)" if wanted else "off"
+        needed = "none: it needs two classes or more, each with images to train on and held out"
+        return needed if cfg.log.knn else "off"
     count = len(held_out[1])
     few = f"; few: each is {100 / count:.1f} points" if count < 100 else ""
     return f"of {count:,} held-out images among {len(held_out[0]):,} labelled ones{few}"
@@ -101,5 +93,4 @@ def device_name(device):
     """The product behind a torch.device."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    threads = torch.get_num_threads()
-    return f"{platform.machine()}, {threads} thread{'s' * (threads > 1)}"
+    return f"{platform.machine()}, {counted(torch.get_num_threads(), 'thread')}"

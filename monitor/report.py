@@ -17,12 +17,9 @@ from tqdm import tqdm
 
 import data
 from config import UserError, dump, replace_text, to_dict, writing
+from images.sources import ARRAYS
 from monitor.card import device_name, start_card
-from parallel import (
-    lists_of_ranks,
-    ranks,
-    sum_over_ranks,
-)
+from parallel import lists_of_ranks, ranks, sum_over_ranks
 
 ELSEWHERE = "set out= to another place"
 TERMS = ("dino_global", "dino_local", "ibot", "koleo")
@@ -44,8 +41,11 @@ class Reporter:
         self.out, self.images = Path(cfg.out), len(source)
         self.met, self.warned, self.writers = [], set(), []
         self.waited, self.last = 0.0, (start, time.time())
-        self.seconds_before, self.floors = 0.0, {}
         lines = self.earlier_lines(start)
+        # Of an interrupted run: what is known already.
+        self.bad = {line["skipped"] for line in lines if "skipped" in line}
+        self.seconds_before = max((line.get("seconds", 0.0) for line in lines), default=0.0)
+        self.floors = {k: line[k] for line in lines for k in FLOORS if k in line}
         if self.rank == 0:
             self.open_folder(lines, start)
             print(start_card(cfg, source, held_out, student, device, start), flush=True)
@@ -58,16 +58,14 @@ class Reporter:
             self.rows += [tqdm(bar_format="{desc}") for _ in range(2)]
 
     def earlier_lines(self, start):
-        """The log up to the checkpoint, of which it may be ahead; remembers some of it."""
-        lines = []
+        """The log up to the checkpoint, of which it may be ahead.
+
+        k-NN evaluations and damaged images carry the number of the step that follows them.
+        """
         with contextlib.suppress(UserError):  # no log yet, or a kill before its first line was out
             lines = read_log(self.out / "log.jsonl")
-        lines = [line for line in lines if belongs_before(line, start)]
-        self.bad = {line["skipped"] for line in lines if "skipped" in line}
-        for line in lines:
-            self.seconds_before = max(self.seconds_before, line.get("seconds", 0.0))
-            self.floors |= {name: line[name] for name in FLOORS if name in line}
-        return lines
+            return [n for n in lines if n["step"] < start or (n["step"] == start and "loss" in n)]
+        return []
 
     def open_folder(self, lines, start):
         """Make the run folder, with a log of these lines."""
@@ -122,23 +120,15 @@ class Reporter:
             self.floors |= {name: result[name] for name in FLOORS if name in result}
             line = {"step": step, "images": step * self.cfg.batch, **result}
             self.write(line | {"seconds": self.seconds()})
-            self.say(f"step {step}: k-NN {result['knn']:.1f} % of held-out images{self.to_beat()}")
+            known = {text: self.floors.get(key) for key, text in FLOORS.items()}
+            known = [f"{text} {value:.1f} %" for text, value in known.items() if value is not None]
+            floors = f" ({', '.join(known)})" if known else ""
+            self.say(f"step {step}: k-NN {result['knn']:.1f} % of held-out images{floors}")
         self.last, self.waited = (step, time.time()), 0.0  # not the loop's time
-
-    def to_beat(self):
-        """What needs no training, for comparison with a k-NN figure."""
-        known = [
-            f"{text} {self.floors[key]:.1f} %"
-            for key, text in FLOORS.items()
-            if self.floors.get(key) is not None
-        ]
-        return f" ({', '.join(known)})" if known else ""
 
     def skipped(self, step, names):
         """Damaged images that a batch of this rank had to replace."""
         self.met += [(step, name) for name in names]
-        if self.world == 1:
-            self.tell_skipped()
 
     def tell_skipped(self):
         """Name what all ranks have skipped since the last time; too many stop the run."""
@@ -222,32 +212,28 @@ class Reporter:
 def warnings_of(line, cfg):
     """Signs of a collapse, once the warm-up is over, and of a loop that waits; in plain words."""
     if line["step"] > 1 and line["data_wait"] > 0.3:
-        fix = f"more than data.workers={cfg.data.workers}" if os.cpu_count() > 2 else "more cores"
-        yield (
-            f"the loop waits for images (data wait {line['data_wait']:.0%}): use {fix}, or smaller "
-            "files (python -m images pack)"
-        )
+        workers, root = cfg.data.workers, cfg.data.root
+        most = os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # for each process
+        fix = f"more than data.workers={workers}" if workers < most else "more cores"
+        files = root != "synthetic" and not root.lower().endswith(ARRAYS)
+        pack = ", or smaller files (python -m images pack)" if files else ""
+        yield f"the loop waits for images (data wait {line['data_wait']:.0%}): use {fix}{pack}"
     if line["step"] < cfg.optim.warmup or "rankme" not in line:
         return
     K, used, entropy = cfg.head.prototypes, line["prototypes_used"], line["teacher_entropy"]
+    fix = f"raise loss.koleo={cfg.loss.koleo:g} or lower optim.lr={cfg.optim.lr:g}"
     if line["rankme"] < 2:
-        yield (
-            f"collapse? all images look alike to the teacher (rankme {line['rankme']:.2f}): raise "
-            "loss.koleo or lower optim.lr"
-        )
+        yield f"collapse? all images look alike to the teacher (rankme {line['rankme']:.2f}): {fix}"
     # Softmax centering may share prototypes out although the scores favour one: then the targets
     # are not certain of it.
     if used < 2 / K and entropy < math.log(2):
-        softmax = cfg.loss.centering == "softmax"
-        fix = "use loss.centering=sinkhorn" if softmax else "raise loss.koleo or lower optim.lr"
-        yield (
-            "collapse? the teacher puts every image on one or two prototypes (share used "
-            f"{used:.5f}): {fix}"
-        )
+        fix = "use loss.centering=sinkhorn" if cfg.loss.centering == "softmax" else fix
+        words = "collapse? the teacher puts every image on one or two prototypes"
+        yield f"{words} (share used {used:.5f}): {fix}"
     if entropy > 0.999 * math.log(K):
         yield (
-            f"collapse? the teacher's targets are uniform (entropy {entropy:.2f} nats): lower "
-            f"teacher.temp={cfg.teacher.temp:g}"
+            f"collapse? the teacher's targets are uniform (entropy {entropy:.2f} nats): lower its "
+            f"temperature, now {line['teacher_temp']:.3g} (teacher.temp_start, teacher.temp)"
         )
 
 
@@ -280,14 +266,6 @@ def finished(cfg):
     return ""
 
 
-def belongs_before(line, start):
-    """Whether a line of the log was written by the steps before `start`, which are not repeated.
-
-    k-NN evaluations and damaged images carry the number of the step that follows them.
-    """
-    return line["step"] < start or (line["step"] == start and "loss" in line)
-
-
 # ---- tools --------------------------------------------------------------------------------------
 
 
@@ -299,8 +277,8 @@ def peak_memory(device):
         import resource
     except ImportError:  # Windows
         return 0.0
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most * (1 if sys.platform == "darwin" else 1024) / 1e9
 
 
 def open_writers(cfg, start):

@@ -65,8 +65,8 @@ def final_report(run):
         trained = load_backbone(cfg.out).to(run.device)
         before_and_after(trained, held_out, shown, cfg, report.out / "neighbours.png")
     report.summary(summary)
-    text = f"done: {summary['images']:,} images in {seconds:.0f} s"
-    if held_out:
-        text += f"; k-NN {knn:.1f} %{report.to_beat()}"
     pictures = "curves.png, crops.png, neighbours.png, " if cfg.log.pictures else ""
-    report.close(f"{text}\nsee {report.out}/: {pictures}summary.json, log.jsonl, teacher.pt")
+    report.close(
+        f"done: {summary['images']:,} images in {seconds:.0f} s\n"
+        f"see {report.out}/: {pictures}summary.json, log.jsonl, teacher.pt"
+    )

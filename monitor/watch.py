@@ -12,7 +12,7 @@ from weights.checkpoint import checkpoints
 
 
 class Watch:
-    """Non-finite numbers, SIGTERM and Ctrl-C: noticed by all ranks in the same step.
+    """Notices them on all ranks in the same step.
 
     All are flags on the device, sent to the CPU at once and read one step later, when they are
     there: the loop never waits for the device because of them.
@@ -61,7 +61,8 @@ class Watch:
                 fp32 = "" if dtype_of(cfg) == torch.float32 else ", or use precision=fp32"
                 raise UserError(
                     f"step {at} is not finite ({', '.join(terms) or 'on another process'}) and was "
-                    f"not taken; {kept or 'no checkpoint was written yet'}; lower optim.lr{fp32}"
+                    f"not taken; {kept or 'no checkpoint was written yet'}; lower "
+                    f"optim.lr={cfg.optim.lr:g}{fp32}"
                 )
             asked_to_stop = max(asked_to_stop, int(number))
         return asked_to_stop

@@ -68,6 +68,12 @@ def test_knn_is_logged_where_it_is_evaluated(whole):
     assert sorted(found[0]) == ["images", "knn", "knn_pixels", "knn_random", "seconds", "step"]
 
 
+def test_the_figure_reached_is_said_once_beside_what_needs_no_training(whole):
+    floors = r"\(untrained network [\d.]+ %, raw pixels [\d.]+ %\)"
+    assert len(re.findall(rf"step 12: k-NN [\d.]+ % of held-out images {floors}\n", whole[1])) == 1
+    assert whole[1].partition("done: 96 images in ")[2].count("k-NN") == 0
+
+
 def test_the_summary_holds_what_the_run_has_reached(whole):
     summary = json.loads((whole[0] / "summary.json").read_text())
     evaluated = [line["knn"] for line in log_of(whole[0]) if "knn" in line]
@@ -178,6 +184,7 @@ def test_a_folder_without_labels_needs_no_knn(tmp_path, photos):
     words = ["log.pictures=true", "steps=2", "crops.local_count=0"]
     done = run(tmp_path, tiny(tmp_path / "run", photos / "val" / "dark", *words, "batch=4"))
     assert done.code == 0, done.err
+    assert "none: it needs two classes or more" in " ".join(done.out.split())
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["knn"] is None and summary["images"] == 8
     assert (tmp_path / "run" / "neighbours.png").exists()
@@ -327,7 +334,7 @@ def test_a_continued_run_knows_its_floors_and_the_time_before(tmp_path, monkeypa
 
 
 HEALTHY = dict(zip(HEALTH, [5.0, 0.5, 0.8, 100.0], strict=True))
-HEALTHY |= {"step": 20_000, "data_wait": 0.0}
+HEALTHY |= {"step": 20_000, "data_wait": 0.0, "teacher_temp": 0.055}
 ILL = {
     "all images look alike": {"rankme": 1.1},
     "on one or two prototypes": {"prototypes_used": 1.1 / 65536, "teacher_entropy": 0.01},
@@ -360,9 +367,27 @@ def test_advice_looks_at_the_config_that_it_advises():
         cfg.loss.centering = centering
         (said,) = report.warnings_of(few, cfg)
         assert ("use loss.centering=sinkhorn" in said) == advised
+    [uniform] = report.warnings_of(HEALTHY | ILL["targets are uniform"], Config())
+    assert "now 0.055" in uniform  # still between teacher.temp_start and teacher.temp
+    [alike] = report.warnings_of(HEALTHY | ILL["all images look alike"], Config())
+    assert "loss.koleo=0.1" in alike and "optim.lr=0.004" in alike
 
 
-def test_a_loop_that_waits_for_images_says_what_helps(monkeypatch):
-    monkeypatch.setattr(os, "cpu_count", lambda: 16)
-    said = list(report.warnings_of(HEALTHY | {"data_wait": 0.45}, Config()))
-    assert len(said) == 1 and "data wait 45%" in said[0] and "data.workers=8" in said[0]
+@pytest.mark.parametrize(
+    "cores, processes, root, advised, not_advised",
+    [
+        (16, 1, "/photos", "more than data.workers=8, or smaller files", "more cores"),
+        (16, 2, "/photos", "more cores, or smaller files", "data.workers"),
+        (16, 1, "synthetic", "more than data.workers=8", "files"),  # it has none
+        (2, 1, "photos.npy", "more cores", "files"),
+    ],
+)
+def test_a_loop_that_waits_for_images_says_what_helps(
+    monkeypatch, cores, processes, root, advised, not_advised
+):
+    monkeypatch.setattr(os, "cpu_count", lambda: cores)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+    cfg = Config()
+    cfg.data.root = root
+    [said] = report.warnings_of(HEALTHY | {"data_wait": 0.45}, cfg)
+    assert "data wait 45%" in said and advised in said and not_advised not in said
