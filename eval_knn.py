@@ -13,9 +13,7 @@ Shapes:  N training images   M test images   D channels   C classes   k neighbou
          lower-case n, m: a chunk of them
 """
 
-import copy
 import json
-import os
 import statistics
 import sys
 from pathlib import Path
@@ -25,70 +23,29 @@ import torch.nn.functional as F
 
 import config
 from config import UserError
-from images import evaluation
-from images.sources import read_or_next
-from parallel import (
-    counted,
-    dtype_of,
-    in_order,
-    process_group,
-    progress,
-    ranks,
-    warn_once,
-    without_tf32,
+from evals.cache import cached_features
+from evals.frozen import (
+    KEYS,
+    extract,
+    labelled_images,
+    open_network,
+    tally,
+    tell_damaged,
+    untrained,
 )
-from vit import assign
+from parallel import process_group, ranks, without_tf32
 
 NEIGHBOURS = (10, 20, 100, 200)
 TEMPERATURE = 0.07
 CHUNK_M, CHUNK_N = 4096, 16384  # similarities worked out at once: 256 MB
-FEW = 100  # test images; below, one of them is more than a point
 
 
 # ---- features -----------------------------------------------------------------------------------
 
 
-@torch.no_grad()
-def extract(network, source, cfg, device, what="features", keep=None):
-    """network(images) of every image of a source, (N, ...) fp32, and labels (N,).
-
-    Each rank works on its share of the images; all of them get all features. They stay on
-    `device`, or go to `keep`: "cpu" if there are too many for the GPU. An image that cannot be read
-    has the label DAMAGED, and features of another one: it must not count.
-    """
-    # no_grad, not inference_mode: sharded weights are gathered into tensors that training uses too.
-    features, labels = [], []
-    rank, world = ranks()
-    batches = evaluation.evaluation_batches(source, cfg, device=device, rank=rank, world=world)
-    with progress(total=len(source), desc=what, unit=" images") as bar:
-        for image_BCHW, label_B in batches:
-            x_BD = network(image_BCHW.to(dtype_of(cfg)))
-            features.append(in_order(x_BD.float()).to(keep or device))
-            labels.append(in_order(label_B.to(device)).to(keep or device))
-            bar.update(len(label_B) * world)
-    # With several ranks the first images come again at the end, to fill the last batch.
-    return torch.cat(features)[: len(source)], torch.cat(labels)[: len(source)]
-
-
 def extract_features(backbone, *more, **options):
-    """The same for k-NN: L2-normalised [CLS] of every image, (N, D)."""
+    """(features (N, D), labels (N,)): L2-normalised [CLS] of every image; see extract."""
     return extract(lambda x: F.normalize(backbone(x).float(), dim=1), *more, **options)
-
-
-def tell_damaged(source, label_N):
-    """Say how many images cannot be read, and name the first with the reason."""
-    rows = (label_N == evaluation.DAMAGED).nonzero().flatten().tolist()
-    if rows:
-        first, *_ = [*read_or_next(source, rows[0])[2], source.name(rows[0])]
-        warn_once(f"{counted(len(rows), 'damaged image')} left out, the first: {first}")
-
-
-def tally(train, test, classes):
-    """The count of an evaluation in words, the same in all programs; warns if few are tested."""
-    if test < FEW:
-        warn_once(f"only {counted(test, 'test image')}: each is worth {100 / test:.1f} points")
-    names = ", ".join(classes[:6]) + ", ..." * (len(classes) > 6)
-    return f"{train:,} training, {test:,} test images, {len(classes)} classes ({names})"
 
 
 class RawPixels(torch.nn.Module):
@@ -99,13 +56,6 @@ class RawPixels(torch.nn.Module):
 
     def forward(self, image_BCHW):
         return image_BCHW.flatten(1)
-
-
-def untrained(backbone, seed):
-    """A network like this one with the weights that training with this seed begins with."""
-    fresh = copy.deepcopy(backbone)
-    assign(fresh, fresh.initial_values(torch.Generator().manual_seed(seed)))
-    return fresh
 
 
 # ---- neighbours ---------------------------------------------------------------------------------
@@ -222,8 +172,6 @@ def evaluate(
     def features(source, what):
         more = backbone, source, cfg, device, f"k-NN, {what} images"
         if cache and hasattr(backbone, "blocks"):  # pixels take more space than their images
-            from evals.cache import cached_features
-
             x_ND, label_N = cached_features(cache, extract_features, *more)
         else:
             x_ND, label_N = extract_features(*more)
@@ -268,9 +216,6 @@ dinov2_vitb14_reg, ...). Options:
 Keys override the config of the run (a released network has crops.global_size=224, precision=fp32):
   python eval_knn.py runs/default data.root=/photos data.val=/other/photos precision=fp32
 """
-# What of a config concerns an evaluation: the keys that --help explains.
-KEYS = ("data.", "crops.global_size", "precision", "device")
-
 OPTIONS = {"k": "", "per_class": "", "tries": 5, "cache": ""}
 FLOORS = {"this network": "", "untrained network": "_random", "raw pixels": "_pixels"}
 
@@ -281,45 +226,6 @@ def numbers(key, text):
     if not all(n.isdecimal() and int(n) for n in words):
         raise UserError(f"{key}={text}: write whole numbers above 0, as in {key}=5")
     return [int(n) for n in words]
-
-
-def open_network(run, words, batch=0):
-    """(backbone, Config) of a run, file or released name, to evaluate with these overrides."""
-    from weights.load import load_backbone
-
-    backbone, cfg = load_backbone(run, with_config=True)
-    settle(cfg, words, backbone, run, batch)
-    return backbone, cfg
-
-
-def settle(cfg, words, backbone, title, batch=0):
-    """Apply overrides to the config of a network, and refuse those that it cannot follow."""
-    before = config.to_dict(cfg)["vit"]
-    config.override(cfg, words)
-    # Those of the training are of no use here: ranks only share out the images.
-    world = int(os.environ.get("WORLD_SIZE", 1))
-    cfg.parallel, cfg.batch, cfg.accumulate = "ddp" if world > 1 else "none", batch or world, 1
-    config.check(cfg)
-    for key, value in config.to_dict(cfg)["vit"].items():
-        if value != before[key]:
-            raise UserError(f"vit.{key}={value}, but {title} has {before[key]}: leave the key out")
-    channels = backbone.patch_embed.proj.in_channels
-    if cfg.data.channels != channels:
-        raise UserError(
-            f"data.channels={cfg.data.channels}, but {title} reads {channels}: "
-            f"give images of {channels} channels"
-        )
-
-
-def labelled_images(cfg):
-    """(training images, test images); UserError if there are no labels."""
-    sources = evaluation.labelled_images(cfg)
-    if sources is None:
-        raise UserError(
-            f"data.root={cfg.data.root}: fewer than two classes; give a folder with a sub-folder "
-            "for each, and if held-out images lie elsewhere, set data.val"
-        )
-    return sources
 
 
 def table(columns):

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 import config
 from config import UserError
-from eval_knn import KEYS, extract, settle, tell_damaged
+from evals.frozen import KEYS, extract, settle, tell_damaged
 from images.evaluation import DAMAGED
 from images.sources import open_source
 from parallel import counted, pick_device

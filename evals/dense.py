@@ -26,7 +26,8 @@ from PIL import Image
 
 import config
 from config import UserError
-from eval_knn import KEYS, knn_probabilities, open_network, untrained
+from eval_knn import knn_probabilities
+from evals.frozen import KEYS, open_network, untrained
 from evals.logistic import logistic_path, penalties
 from images import evaluation, synthetic
 from images.held_out import divide

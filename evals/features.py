@@ -19,8 +19,8 @@ import torch
 
 import config
 from config import UserError
-from eval_knn import KEYS, extract, open_network, tell_damaged
 from evals.cache import chunks
+from evals.frozen import KEYS, extract, open_network, tell_damaged
 from images.evaluation import DAMAGED
 from images.sources import open_source
 from parallel import pick_device

@@ -22,8 +22,8 @@ from torch.utils.data import DataLoader
 
 import augment
 import data
-import eval_knn
 from config import UserError
+from evals import frozen
 from images import evaluation
 from images.held_out import UNKNOWN, Part, divide
 from images.sources import Files, open_source, read_or_next
@@ -50,7 +50,7 @@ def labelled_images(cfg, table="", columns=""):
     columns  of the table, separated by commas; empty: all
     """
     if not table:
-        train, test = eval_knn.labelled_images(cfg)
+        train, test = frozen.labelled_images(cfg)
         labels = [torch.tensor(part.labels) for part in (train, test)]
         return train, test, [Target("class", train.classes, *labels)]
     rows, names = read_table(Path(table), columns)

@@ -29,10 +29,10 @@ from torch import Tensor
 import config
 import data
 from config import UserError
-from eval_knn import KEYS, extract, open_network, tally, tell_damaged, untrained
 from evals import classifier as classifiers
 from evals import labelled
 from evals.classifier import BLOCKS, Classifier, Head, features
+from evals.frozen import KEYS, extract, open_network, tally, tell_damaged, untrained
 from evals.labelled import augmented_batches
 from evals.logistic import logistic_path, penalties
 from evals.probe import Candidates, Probe, accuracies

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from eval_knn import untrained
+from evals.frozen import untrained
 from images.evaluation import DAMAGED, evaluation_batches
 from images.held_out import Part
 from images.sources import read_or_next

@@ -18,7 +18,7 @@ from test_parallel import be_rank, launch
 import eval_knn
 from config import Config, UserError
 from eval_knn import draw, few_shot, knn_probabilities, top_accuracy
-from evals import cache
+from evals import cache, frozen
 from evals.cache import cached_features, fingerprint
 from images import __main__ as prepare
 from images.held_out import Part
@@ -214,9 +214,9 @@ def test_damaged_images_are_left_out_counted_and_named(capsys):
 
 
 def test_few_test_images_are_said_to_be_few(capsys):
-    eval_knn.tally(500, 99, ["a", "b"]), eval_knn.tally(500, 99, ["a", "b"])
+    frozen.tally(500, 99, ["a", "b"]), frozen.tally(500, 99, ["a", "b"])
     assert capsys.readouterr().err.count("only 99 test images: each is worth 1.0 points") == 1
-    eval_knn.tally(500, 100, ["a", "b"])
+    frozen.tally(500, 100, ["a", "b"])
     assert not capsys.readouterr().err
 
 

@@ -17,7 +17,7 @@ CORE = {"vit", "heads", "losses", "augment", "dinov2", "optim", "attention"}
 # towards results, opened where they are used.
 DOORS = {
     "data": {"images.sources"},
-    "eval_knn": {"weights.load", "evals.cache", "images.evaluation", "images.sources"},
+    "eval_knn": {"evals.cache", "evals.frozen"},
     "hubconf": {"weights.load", "weights.plain"},
     "train": {
         "images.evaluation",
