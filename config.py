@@ -523,6 +523,8 @@ def report_errors(main):
 
     @functools.wraps(main)
     def run(*args, **kwargs):
+        if hasattr(sys.stdout, "reconfigure"):  # names of files may be in any encoding
+            sys.stdout.reconfigure(errors="backslashreplace")
         try:
             return main(*args, **kwargs)
         except UserError as error:

@@ -85,7 +85,7 @@ def checked(folder, channels):
             raise UserError(f"{mask}: no such file; {image.name} needs a mask, or must go")
         classes_HW = read_mask(mask)
         try:
-            height, width = read_image(image, channels).shape[:2]
+            height, width = read_image(image, channels, max_pixels=0).shape[:2]
         except Exception as error:  # of a decoder that was fed with anything
             damaged.append(f"{image}: {' '.join(str(error).split())}")
             continue
@@ -127,7 +127,7 @@ def patch_tokens(backbone, image, size, cfg, device):
 
     Both sides are rounded to whole patches.
     """
-    pixels_HWC = read_image(image, cfg.data.channels)
+    pixels_HWC = read_image(image, cfg.data.channels, max_pixels=0)
     patch, short = cfg.vit.patch, min(pixels_HWC.shape[:2])
     scale = min(size / short, 1)
     h, w = (max(round(side * scale / patch), 1) for side in pixels_HWC.shape[:2])

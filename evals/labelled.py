@@ -94,7 +94,8 @@ def read_table(path, columns):
     for row in rows:
         words = {name: (row[name] or "").strip() for name in wanted}
         words = {name: "" if word.lower() == "nan" else word for name, word in words.items()}
-        table[os.path.abspath(path.parent / row["path"])] = words
+        if table.setdefault(os.path.abspath(path.parent / row["path"]), words) != words:
+            raise UserError(f"labels={path}: {row['path']} is in it twice, with other words")
     return table, wanted
 
 

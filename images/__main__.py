@@ -1,6 +1,6 @@
 """Look at a data set before training on it, and bring it into a quicker form.
 
-    python -m images index SOURCE                         search again, count images and classes
+    python -m images index SOURCE                         count images and classes
     python -m images stats SOURCE [limit=10000]           sizes, mean and std, damaged images
     python -m images pack  SOURCE to=/shards [short=256]  into tar shards, shrunk if asked for
     python -m images show  SOURCE [to=crops.png]          crops and masks as the network gets them
@@ -31,7 +31,8 @@ import config
 from config import UserError, replace_text
 from data import Order, most_damaged, worker_options
 from images.evaluation import resize
-from images.sources import open_source, reason
+from images.reader import reason
+from images.sources import counts, open_source
 from parallel import progress, warn
 
 OPTIONS = {"limit": 0, "to": "", "short": 0, "per_shard": 10_000}
@@ -64,7 +65,7 @@ def in_workers(task, numbers, cfg, what):
 
 
 def show_index(cfg, options):
-    source = open_source(cfg.data.root, cfg, again=True)
+    source = open_source(cfg.data.root, cfg)
     print(f"{len(source):,} images in {cfg.data.root}")
     print_left_out(source)
     none, *count = np.bincount(np.asarray(source.labels) + 1, minlength=len(source.classes) + 1)
@@ -79,7 +80,7 @@ def show_index(cfg, options):
 
 def print_left_out(source):
     if source.left_out:
-        print("left out: " + ", ".join(f"{n:,} {kind}" for kind, n in source.left_out.items()))
+        print(f"left out: {counts(source.left_out)}")
 
 
 # ---- stats --------------------------------------------------------------------------------------
@@ -142,21 +143,24 @@ def show_pack(cfg, options):
     with config.writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         if any(folder.iterdir()) and not (plan_file.exists() and plan_file.read_text() == plan):
-            raise UserError(f"{folder}: holds other things; choose another folder")
+            raise UserError(
+                f"{folder}: holds other things, or what was packed otherwise (pack.json); choose "
+                "another folder"
+            )
         replace_text(plan_file, plan)
         if source.classes:
             replace_text(folder / "classes.txt", "".join(f"{name}\n" for name in source.classes))
-        damaged = pack(source, folder, options.short, options.per_shard, cfg)
-    print(f"{len(source) - damaged:,} images in {folder}; train with data.root={folder}")
+        pack(source, folder, options.short, options.per_shard, cfg)
+    packed = len(open_source(folder, cfg))
+    print(f"{packed:,} of {len(source):,} images in {folder}; train with data.root={folder}")
 
 
 def pack(source, folder, short, per_shard, cfg):
-    """Write what is missing of the shards; returns how many damaged images were left out.
+    """Write what is missing of the shards, without damaged images.
 
     Image i goes to shard i // per_shard, in order: training on the shards sees the same images
     in the same order as training on the source.
     """
-    damaged = 0
     for start in range(0, len(source), per_shard):
         path = folder / f"{start // per_shard:06d}.tar"
         if path.exists():
@@ -167,14 +171,12 @@ def pack(source, folder, short, per_shard, cfg):
         with tarfile.open(aside, "w") as tar:
             for i, (name, data) in zip(numbers, members, strict=True):
                 if data is None:
-                    damaged += 1
                     warn(f"left out, damaged: {name}")
                     continue
                 add(tar, name, data)
                 if source.label(i) >= 0:
                     add(tar, f"{name.rpartition('.')[0]}.cls", str(source.label(i)).encode())
         os.replace(aside, path)
-    return damaged
 
 
 def add(tar, name, data):

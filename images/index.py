@@ -1,8 +1,7 @@
-"""Which images there are: a folder, a list or tar shards, searched once, as a few arrays.
+"""Which images there are: a folder, a list, tar shards or an array, searched once.
 
 Millions of Python strings would cost 100 bytes each and, as reading a string changes its reference
-count, be copied into every worker. An Index is a handful of arrays, which workers share. One that
-took long to make is kept in a cache file (~/.cache/nanodinov2) and checked at the next start.
+count, be copied into every worker. An Index is a handful of arrays, which workers share.
 
 Shards are tar files in WebDataset layout: cat/7.jpg and cat/7.cls lie together, and .cls holds the
 class. They are usually streamed, and shuffled through a buffer. Here each member's place is noted
@@ -24,17 +23,19 @@ from typing import NamedTuple
 
 import numpy as np
 
-from config import UserError
-from images.reader import EXTENSIONS
+from config import UserError, replace_text
+from images.reader import EXTENSIONS, reason
 from parallel import progress, warn
 
 # Folders that storage and operating systems leave behind: previews, and what was thrown away.
 JUNK = {"@eaDir", "__MACOSX", "#recycle", "$RECYCLE.BIN", "System Volume Information", "lost+found"}
 NEEDS = dict.fromkeys((".heic", ".heif", ".hif"), "pillow-heif")  # packages that read more
 BESIDE = (".json", ".txt")  # what shards hold beside images and classes
+KINDS = ("uint8", "uint16", "int16", "float16", "float32", "float64")  # of arrays
+LABELS = ("labels", "label", "y", "targets", "target")  # names of them in an .npz
 
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nanodinov2"
-SLOW = 0.5  # seconds; an index that is made more quickly is not worth a file
+MANY = 10_000  # images in shards; the places of fewer are found in less than a second
 
 
 class Index(NamedTuple):
@@ -81,36 +82,156 @@ def kind_of(name):
     return f"{ending} (pip install {NEEDS[ending]})" if ending in NEEDS else ending
 
 
-# ---- cache --------------------------------------------------------------------------------------
+# ---- folders ------------------------------------------------------------------------------------
 
 
-def cached(key, build, again=False):
-    """build(), or the Index it returned last time if nothing has changed since.
+def index_folder(root):
+    """All images below a folder. Their classes are its first-level sub-folders."""
+    names, left_out = find_images(os.fspath(root))
+    classes_of = [name.split(os.sep)[0] if os.sep in name else "" for name in names]
+    return make_index(names, classes_of, left_out=left_out)
 
-    build() -> (Index, paths it depends on). Adding, removing or renaming a file changes the
-    modification time of its folder, so to check millions of files it is enough to look at the
-    folders.
+
+def find_images(root):
+    """(paths of images relative to root, what is left out), always in one order."""
+    found, seen, left_out = [], set(), Counter()
+
+    def unreadable(error):
+        warn(f"{error.filename} is left out: {error.strerror}")
+        left_out["unreadable folder"] += 1
+
+    walk = os.walk(root, onerror=unreadable, followlinks=True)
+    for path, below, files in progress(walk, desc=f"searching {root}", unit=" folders"):
+        status = os.stat(path)
+        # Links to folders are followed; one that leads back up would go round for ever.
+        if (status.st_dev, status.st_ino) in seen:
+            below.clear()
+            continue
+        seen.add((status.st_dev, status.st_ino))
+        left_out += Counter(f"folder {name}" for name in below if name in JUNK)
+        below[:] = sorted(n for n in below if n not in JUNK and not n.startswith("."))
+        folder = os.path.relpath(path, root) if path != root else ""
+        for name in sorted(n for n in files if not n.startswith(".")):  # as macOS leaves behind
+            if name.lower().endswith(EXTENSIONS):
+                found.append(os.path.join(folder, name))
+            else:
+                left_out[kind_of(name)] += 1
+    return found, left_out
+
+
+# ---- lists --------------------------------------------------------------------------------------
+
+
+def index_list(path):
+    """A .txt (path), .tsv or .csv (path, label) with one image a line.
+
+    A first line that says `path` names the columns, of which `path` and `label` are used.
     """
-    file = CACHE / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.npz"
-    with contextlib.suppress(OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
-        with np.load(file) as stored:
-            *arrays, text = stored.values()
-        *rest, watched, before = json.loads(text.tobytes())
-        if not again and stamps(watched) == before:
-            return Index(*arrays, *rest)
-    start = time.time()
-    index, watched = build()
-    now = stamps(watched)
-    # A change within the resolution of the clock goes unnoticed: what is fresh is not stored.
-    settled = all(modified < (start - 2) * 1e9 for modified, _ in now)
-    if settled and (again or time.time() - start >= SLOW):
-        text = json.dumps([*index[4:], watched, now]).encode()
-        aside = file.with_name(f"{file.stem}.{os.getpid()}.npz")  # other processes write it too
-        with contextlib.suppress(OSError):  # no room for a cache: the next start takes as long
-            file.parent.mkdir(parents=True, exist_ok=True)
-            np.savez(aside, *index[:4], np.frombuffer(text, np.uint8))
-            os.replace(aside, file)
-    return index
+    separator = {".csv": ",", ".tsv": "\t"}.get(path.suffix.lower())
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+    utf16 = data.startswith((b"\xff\xfe", b"\xfe\xff"))  # "Unicode text" of Windows
+    if not utf16 and b"\0" in data:
+        raise UserError(f"{path}: not a list in plain text; save it as UTF-8")
+    lines = data.decode("utf-16" if utf16 else "utf-8-sig", "surrogateescape").splitlines()
+    rows = csv.reader(lines, delimiter=separator) if separator else ([line] for line in lines)
+    names, classes_of, class_of, columns = [], [], {}, (0, 1)
+    for number, row in enumerate(rows, 1):
+        row = [cell.strip() for cell in row]
+        if number == 1 and "path" in (titles := [cell.lower() for cell in row]):
+            columns = [titles.index(t) if t in titles else len(row) for t in ("path", "label")]
+            if len(row) > 1 and "label" not in titles:
+                warn(f"{path}: no column is called `label`, so no image has a class")
+        elif any(row):
+            name, label = (row[c] if c < len(row) else "" for c in columns)
+            if not name:
+                raise UserError(f"{path}, line {number}: a label without an image")
+            if class_of.setdefault(name, label) != label:
+                raise UserError(f"{path}, line {number}: {name} has another label further up")
+            names.append(name)
+            classes_of.append(known(label))
+    for name in names[:1000]:  # asking for each of millions would take minutes on a network disk
+        if not os.path.exists(path.parent / name):
+            line = "path" if separator is None else f"path{separator}label"
+            fix = f"a line is {line}, and paths are relative to {path.parent}/"
+            raise UserError(f"{path}: {name} does not exist; {fix}")
+    return make_index(names, classes_of)
+
+
+# ---- arrays -------------------------------------------------------------------------------------
+
+
+def index_array(path):
+    """(images (N, H, W, C), their Index) of a .npy, or of an .npz that holds labels too, maybe."""
+    try:
+        found = np.load(path, mmap_mode="r", allow_pickle=False)
+        arrays = dict(found) if path.suffix.lower() == ".npz" else {path.name: found}
+        beside = path.with_name(f"{path.stem}_labels.npy")
+        if path.suffix.lower() == ".npy" and beside.exists():
+            arrays["labels"] = np.load(beside, allow_pickle=False)
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        fix = "; save text with .astype(str)" if "Object arrays" in str(error) else ""
+        raise UserError(f"{path}: not a readable array ({reason(error)}){fix}") from None
+    images = [name for name, a in arrays.items() if a.ndim in (3, 4) and name not in LABELS]
+    if len(images) != 1:
+        held = ", ".join(f"{name} {a.shape}" for name, a in arrays.items()) or "nothing"
+        raise UserError(f"{path}: holds {held}; expected one array of images (N, H, W, C)")
+    images = arrays.pop(images[0])
+    if not len(images) or images.dtype.name not in KINDS:
+        found = f"{len(images)} images of {images.dtype}"
+        raise UserError(f"{path}: {found}; save them as uint8, uint16, int16 or float32")
+    images = images if images.ndim == 4 else images[..., None]
+    return images, make_index([], labels_of(arrays, len(images), path))
+
+
+def labels_of(arrays, n, path):
+    """The class of each of n images as text, "" without one, from the arrays beside the images."""
+    names = [name for name in arrays if name in LABELS] or list(arrays)
+    if not names:
+        return [""] * n
+    labels = arrays[names[0]]
+    whole = labels.dtype.kind != "f" or np.array_equal(labels, labels.round(), equal_nan=True)
+    if len(names) > 1 or labels.shape not in ((n,), (n, 1)) or not whole:
+        held = ", ".join(f"{name} {arrays[name].shape}" for name in names)
+        fix = "give one array `labels`, with a whole number or a word for each image"
+        raise UserError(f"{path}: {n} images but {labels.size} labels in {held}; {fix}")
+    if labels.dtype.kind == "f":
+        labels = np.nan_to_num(labels, nan=-1).astype(int)
+    words = map(known, labels.ravel().astype(str))
+    return ["" if labels.dtype.kind == "i" and word.startswith("-") else word for word in words]
+
+
+# ---- shards -------------------------------------------------------------------------------------
+
+
+def index_shards(paths):
+    """One Index of several shards.
+
+    To find the places in a thousand shards takes minutes. They are kept in a file (~/.cache/
+    nanodinov2), which is named after everything that they depend on.
+    """
+    paths = [os.path.abspath(path) for path in paths]
+    key, before = repr([paths, stamps(paths), EXTENSIONS]), time.time()
+    cache = CACHE / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.json"
+    try:
+        names, classes_of, slices, left_out = json.loads(cache.read_text())
+    except (OSError, ValueError):
+        names, classes_of, slices, left_out = [], [], [], Counter()
+        for number, path in enumerate(progress(paths, desc="indexing", unit=" shards")):
+            for name, label, *place in read_shard(path, left_out):
+                names.append(name)
+                classes_of.append(label)
+                slices.append((number, *place))
+        # A change within the resolution of a clock goes unnoticed: what is fresh is not kept.
+        settled = all(changed < (before - 2) * 1e9 for changed, _ in stamps(paths))
+        if settled and len(names) > MANY:
+            with contextlib.suppress(OSError):  # no room: the next start takes as long
+                CACHE.mkdir(parents=True, exist_ok=True)
+                replace_text(cache, json.dumps([names, classes_of, slices, left_out]))
+    index = make_index(names, classes_of, paths, slices, left_out)
+    return with_class_names(index, Path(paths[0]).with_name("classes.txt"))
 
 
 def stamps(paths):
@@ -125,105 +246,6 @@ def stamps(paths):
     return found
 
 
-# ---- folders ------------------------------------------------------------------------------------
-
-
-def index_folder(root, again=False):
-    """All images below a folder. Their classes are its first-level sub-folders."""
-
-    def build():
-        names, folders, left_out = find_images(root)
-        classes_of = [name.split(os.sep)[0] if os.sep in name else "" for name in names]
-        return make_index(names, classes_of, left_out=left_out), folders
-
-    return cached(f"folder {os.path.abspath(root)} {EXTENSIONS}", build, again)
-
-
-def find_images(root):
-    """(paths of images relative to root, all folders, what is left out), always in one order."""
-    root, found, folders, seen, left_out = os.fspath(root), [], [], set(), Counter()
-
-    def unreadable(error):
-        warn(f"{error.filename} is left out: {error.strerror}")
-        left_out["unreadable folder"] += 1
-
-    walk = os.walk(root, onerror=unreadable, followlinks=True)
-    for path, below, files in progress(walk, desc=f"searching {root}", unit=" folders"):
-        status = os.stat(path)
-        # Links to folders are followed; one that leads back up would go round for ever.
-        if (status.st_dev, status.st_ino) in seen:
-            below.clear()
-            continue
-        seen.add((status.st_dev, status.st_ino))
-        folders.append(path)
-        left_out += Counter(f"folder {name}" for name in below if name in JUNK)
-        below[:] = sorted(n for n in below if n not in JUNK and not n.startswith("."))
-        folder = os.path.relpath(path, root) if path != root else ""
-        for name in sorted(n for n in files if not n.startswith(".")):  # as macOS leaves behind
-            if name.lower().endswith(EXTENSIONS):
-                found.append(os.path.join(folder, name))
-            else:
-                left_out[kind_of(name)] += 1
-    return found, folders, left_out
-
-
-# ---- lists --------------------------------------------------------------------------------------
-
-
-def index_list(path):
-    """A .txt (path), .tsv or .csv (path, label) with one image a line.
-
-    A first line that says `path` names the columns, of which `path` and `label` are used.
-    """
-    path = Path(path)
-    separator = {".csv": ",", ".tsv": "\t"}.get(path.suffix.lower())
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
-    utf16 = data.startswith((b"\xff\xfe", b"\xfe\xff"))  # "Unicode text" of Windows
-    if not utf16 and b"\0" in data:
-        raise UserError(f"{path}: not a list in plain text; save it as UTF-8")
-    lines = data.decode("utf-16" if utf16 else "utf-8-sig", "surrogateescape").splitlines()
-    rows = csv.reader(lines, delimiter=separator) if separator else ([line] for line in lines)
-    names, classes_of, columns = [], [], (0, 1)
-    for number, row in enumerate(rows, 1):
-        row = [cell.strip() for cell in row]
-        if number == 1 and "path" in row:
-            columns = row.index("path"), row.index("label") if "label" in row else len(row)
-        elif any(row):
-            name, label = ((row[c] if c < len(row) else "") for c in columns)
-            if not name:
-                raise UserError(f"{path}, line {number}: a label without an image")
-            names.append(name)
-            classes_of.append(known(label))
-    for name in names[:1000]:  # asking for each of millions would take minutes on a network disk
-        if not os.path.exists(path.parent / name):
-            raise UserError(f"{path}: {name} does not exist; paths are relative to {path.parent}/")
-    return make_index(names, classes_of)
-
-
-# ---- shards -------------------------------------------------------------------------------------
-
-
-def index_shards(paths, again=False):
-    """One Index of several shards."""
-    paths = [os.fspath(path) for path in paths]
-
-    def build():
-        names, classes_of, places, left_out = [], [], [], Counter()
-        for number, path in enumerate(progress(paths, desc="indexing", unit=" shards")):
-            for name, label, *place in read_shard(path, left_out):
-                names.append(name)
-                classes_of.append(label)
-                places.append((number, *place))
-        return make_index(names, classes_of, paths, places, left_out), paths
-
-    key = "\n".join(map(os.path.abspath, paths))
-    index = cached(f"shards {key} {EXTENSIONS}", build, again)
-    return with_class_names(index, Path(paths[0]).with_name("classes.txt"))
-
-
 def with_class_names(index, path):
     """`pack` writes the names of the classes beside the shards, one a line: .cls holds numbers."""
     if not path.exists() or not index.classes:
@@ -231,6 +253,8 @@ def with_class_names(index, path):
     names = path.read_text(encoding="utf-8", errors="surrogateescape").splitlines()
     if not all(c.isdecimal() and int(c) < len(names) for c in index.classes):
         raise UserError(f"{path}: {len(names)} names do not fit the .cls of the shards")
+    if again := Counter(names) - Counter(set(names)):  # evaluation sets are compared by name
+        raise UserError(f"{path}: {min(again)} is in it twice; give every class its own name")
     table = np.array([*map(int, index.classes), -1], np.int32)  # -1 is the last
     return index._replace(labels=table[index.labels], classes=names)
 
@@ -238,7 +262,7 @@ def with_class_names(index, path):
 def read_shard(path, left_out):
     """[(name, class, offset, size)] of the images in one tar file. Nothing is ever extracted."""
     images, class_of, seen = [], {}, set()
-    for name, offset, size in members(path):
+    for name, offset, size in members(path, left_out):
         if name in seen:  # one would take the label of the other
             raise UserError(f"{path}: {name} is in it twice; give every sample a name of its own")
         seen.add(name)
@@ -269,7 +293,7 @@ def class_in_shard(name, class_of):
     return ""
 
 
-def members(path):
+def members(path, left_out):
     """(name, offset, size) of the files in a tar; of a truncated one, with a warning, what is left.
 
     A tar can hold members that leave the folder it is extracted to, or that are links and devices.
@@ -295,5 +319,6 @@ def members(path):
                 raise tarfile.ReadError("its end is missing")
     except tarfile.ReadError as error:
         warn(f"{path} is truncated or not an uncompressed tar ({error}): what comes before is used")
+        left_out["truncated shard"] += 1
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None

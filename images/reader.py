@@ -57,7 +57,7 @@ def read_image(file, channels=3, max_pixels=MAX_PIXELS):
             raise ValueError("not a picture, or in a format that is not read") from None
         image = None
     frames = getattr(image, "n_frames", 1)
-    if is_tiff and (image is None or frames > 1 or not keeps_all(image)):
+    if is_tiff and (image is None or frames > 1 or not keeps_all(image, channels)):
         pixels, colours = read_tiff(data, channels, max_pixels)
         return fit(plain(pixels), channels, colours)
     # Phones write photographs as MPO or HEIF, with a preview or a series behind the picture: the
@@ -81,8 +81,15 @@ def read_image(file, channels=3, max_pixels=MAX_PIXELS):
     # A band that the file does not have is not made up, except full opacity for pictures.
     if channels not in MODES or (is_tiff and channels > max(found, 3)) or channels == 2 != found:
         raise ValueError(other_channels(found, channels))
-    pixels = np.asarray(image if image.mode == MODES[channels] else image.convert(MODES[channels]))
+    inks = is_tiff and image.mode == "CMYK" and channels == 4  # as opacity they would be made up
+    mode = "CMYK" if inks else MODES[channels]
+    pixels = np.asarray(image if image.mode == mode else image.convert(mode))
     return pixels if pixels.ndim == 3 else pixels[:, :, None]
+
+
+def reason(error):
+    """Why an image cannot be read, in one line."""
+    return " ".join(str(getattr(error, "strerror", None) or error).split()) or type(error).__name__
 
 
 def other_channels(found, channels, where=""):
@@ -173,13 +180,15 @@ def rounds(image, data):
     return start >= 0 and (data[start + 42] & 127) > 7
 
 
-def keeps_all(image):
-    """Whether Pillow reads all bands and all bits of a TIFF."""
+def keeps_all(image, channels):
+    """Whether Pillow reads all bands and all bits of a TIFF, and as they are."""
     tags = image.tag_v2
     bits, samples, sign = max(tags.get(BITS, (1,))), tags.get(SAMPLES, 1), tags.get(SIGN, (1,))[0]
     if samples == 1 and tags.get(PHOTOMETRIC) != 0:
         return (bits, sign) in ((16, 1), (16, 2), (32, 3)) or (bits <= 8 and sign == 1)
-    known = all(kind in (1, 2) for kind in tags.get(EXTRA, ()))  # alpha; 0 is a band of its own
+    # Extra bands are 0 anything, 2 opacity, 1 opacity by which Pillow divides the colours.
+    kinds = (1, 2) if channels in (1, 3) else (2,)
+    known = all(kind in kinds for kind in tags.get(EXTRA, ()))
     return bits <= 8 and sign == 1 and samples == len(image.getbands()) and known
 
 

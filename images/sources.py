@@ -23,20 +23,16 @@ import functools
 import glob
 import os
 import re
-import zipfile
 from pathlib import Path
 
 import numpy as np
 
 from config import UserError
-from images.reader import EXTENSIONS, other_channels, plain, read_image
+from images.reader import other_channels, plain, read_image, reason
 from parallel import warn
 
 LISTS = (".txt", ".csv", ".tsv")
 ARRAYS = (".npy", ".npz")
-KINDS = ("uint8", "uint16", "int16", "float16", "float32", "float64")
-LABELS = ("labels", "label", "y", "targets", "target")  # names of them in an .npz
-
 GIVE_UP = 100  # damaged images in a row: not an accident, the whole source is out of reach
 
 
@@ -58,9 +54,9 @@ def read_or_next(source, index):
     raise UserError(many + skipped[0])
 
 
-def reason(error):
-    """Why an image cannot be read, in one line."""
-    return " ".join(str(error).split()) or type(error).__name__
+def counts(left_out):
+    """`3 .mov, 1 .heic (pip install pillow-heif)`."""
+    return ", ".join(f"{n:,} {kind}" for kind, n in left_out.items())
 
 
 # ---- sources ------------------------------------------------------------------------------------
@@ -150,72 +146,35 @@ def open_synthetic(split, count):
 
 
 def open_array(path):
-    """A .npy of images, or an .npz that holds one array of images and maybe one of labels."""
-    try:
-        found = np.load(path, mmap_mode="r", allow_pickle=False)
-        arrays = dict(found) if path.suffix.lower() == ".npz" else {path.name: found}
-        beside = path.with_name(f"{path.stem}_labels.npy")
-        if path.suffix.lower() == ".npy" and beside.exists():
-            arrays["labels"] = np.load(beside, allow_pickle=False)
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        fix = "; save text with .astype(str)" if "Object arrays" in str(error) else ""
-        raise UserError(f"{path}: not a readable array ({reason(error)}){fix}") from None
-    images = [name for name, a in arrays.items() if a.ndim in (3, 4) and name not in LABELS]
-    if len(images) != 1:
-        held = ", ".join(f"{name} {a.shape}" for name, a in arrays.items()) or "nothing"
-        raise UserError(f"{path}: holds {held}; expected one array of images (N, H, W, C)")
-    images = arrays.pop(images[0])
-    images = images if images.ndim == 4 else images[..., None]
-    if not len(images) or images.dtype.name not in KINDS:
-        found = f"{len(images)} images of {images.dtype}"
-        raise UserError(f"{path}: {found}; save them as uint8, uint16, int16 or float32")
-    from images.index import make_index
+    from images.index import index_array
 
-    index = make_index([], labels_of(arrays, len(images), path))
+    images, index = index_array(path)
     return Arrays(images, index.labels, index.classes, path.name)
 
 
-def labels_of(arrays, n, path):
-    """The class of each of n images as text, "" without one, from the arrays beside the images."""
-    names = [name for name in arrays if name in LABELS] or list(arrays)
-    if not names:
-        return [""] * n
-    from images.index import known
-
-    labels = arrays[names[0]]
-    whole = labels.dtype.kind != "f" or np.array_equal(labels, labels.round(), equal_nan=True)
-    if len(names) > 1 or labels.shape not in ((n,), (n, 1)) or not whole:
-        held = ", ".join(f"{name} {arrays[name].shape}" for name in names)
-        fix = "give one array `labels`, with a whole number or a word for each image"
-        raise UserError(f"{path}: {n} images but {labels.size} labels in {held}; {fix}")
-    if labels.dtype.kind == "f":
-        labels = np.nan_to_num(labels, nan=-1).astype(int)
-    words = map(known, labels.ravel().astype(str))
-    return ["" if labels.dtype.kind == "i" and word.startswith("-") else word for word in words]
-
-
-def open_files(root, cfg, again=False, title=""):
-    """A folder, a list or shards. again: whatever is in the cache, search; title: as in `key=`."""
+def open_files(root, cfg, key):
+    """A folder, a list or shards."""
     from images.index import index_folder, index_list, index_shards
 
     path = Path(root)
     if path.is_dir():
-        index, shards = index_folder(root, again), sorted(path.glob("*.tar"))
+        index, shards = index_folder(path), sorted(path.glob("*.tar"))
         # Where a folder holds both, the fewer are strays: one tar hides no pictures.
         if shards and len(shards) >= (strays := len(index.ends)):
-            index = index_shards(shards, again)
+            index = index_shards(shards)
             index.left_out.update({"pictures beside shards": strays} if strays else {})
     elif shards := expand(root):
-        index = index_shards(shards, again)
+        index = index_shards(shards)
     elif path.is_file() and path.suffix.lower() in LISTS:
         index = index_list(path)
     else:
         kinds = " ".join((*LISTS, *ARRAYS, ".tar"))
         what = "one file of another kind" if path.exists() else "no such folder or file"
-        raise UserError(f"{title}{root}: {what}; give a folder or one of {kinds}")
+        raise UserError(f"{key}={root}: {what}; give a folder or one of {kinds}")
     if not len(index.ends):
         where = "this folder or below" if path.is_dir() else "this file"
-        raise UserError(f"{root}: no images in {where}; looked for {' '.join(EXTENSIONS)}")
+        left = counts(index.left_out) or "nothing"
+        raise UserError(f"{root}: no images in {where}; left out: {left}")
     folder = path if path.is_dir() else path.parent
     return Files(folder, index, cfg.data.channels, cfg.data.max_pixels)
 
@@ -244,7 +203,7 @@ def split_folder(root, split):
     return root
 
 
-def open_source(root, cfg, split="train", again=False, key="data.root"):
+def open_source(root, cfg, split="train", key="data.root"):
     """The source that a key names. split: train, test, or "" for all that lies there."""
     root, channels = os.fspath(root), cfg.data.channels
     if not root:
@@ -253,15 +212,15 @@ def open_source(root, cfg, split="train", again=False, key="data.root"):
         source = open_synthetic(split or "train", cfg.data.synthetic_images)
     else:
         root = split_folder(root, split)
-        if root.lower().endswith(ARRAYS):
-            source = open_array(Path(root))
-        else:
-            source = open_files(root, cfg, again, f"{key}=")
+        is_array = root.lower().endswith(ARRAYS)
+        source = open_array(Path(root)) if is_array else open_files(root, cfg, key)
     if isinstance(source, Arrays) and source.images.shape[3] != channels:
         shape = source.images.shape
         fix = other_channels(shape[3], channels, f" in {shape}")
         if shape[1] == channels:
             fix = f"{shape}: channels come last, save it as images.transpose(0, 2, 3, 1)"
+        elif shape[2:] == (channels, 1):
+            fix = f"one image of {shape[:3]}: put it in a folder, and give the folder"
         raise UserError(f"{root}: {fix}")
     if channels == 3 and (cfg.augment.jitter or any(cfg.augment.solarize)):
         pixels, *_ = read_or_next(source, 0)

@@ -212,7 +212,7 @@ def neighbours(run, files, o, path):
     pool = open_source(cfg.data.root, cfg)
     if not files:
         return before_and_after(network.net, labelled_images(cfg), pool, cfg, path, 0, o.count)
-    networks = {f"most similar of {len(pool):,} images (cosine of [CLS])": network.net}
+    networks = {"most similar of {n} images (cosine of [CLS])": network.net}
     return draw(networks, unlabelled(network, files), pool, cfg, path, o.count)
 
 

@@ -38,28 +38,31 @@ def cls_features(net, source, cfg, what, batch=256):
 
 
 def nearest(net, queries, pool, cfg, count):
-    """For each query the images of the pool that are most like it: [(cosine, place), ...]."""
+    """(For each query the images of the pool that are most like it: [(cosine, place), ...],
+    how many images of the pool can be read)."""
     pool_ND, place_N = cls_features(net, pool, cfg, "data set")
     # One by one, as some may have 8 bits and others 16.
     query_QD, _ = cls_features(net, queries, cfg, "queries", batch=1)
     cosines, rows = (query_QD @ pool_ND.T).topk(min(count, len(pool_ND)), dim=1)
     both = zip(cosines.tolist(), place_N[rows].tolist(), strict=True)
-    return [list(zip(*pair, strict=True)) for pair in both]
+    return [list(zip(*pair, strict=True)) for pair in both], len(pool_ND)
 
 
 def draw(networks, queries, pool, cfg, path, count):
     """A row for each query: the images of the pool that are nearest to it, by each network.
 
-    networks  {title: backbone}; of a single one the cosines are written too
+    networks  {title: backbone}, where {n} is how many images are searched; of a single one the
+              cosines are written too
     An image whose class is known to be that of the query has a green frame.
     """
-    found = [nearest(net, queries, pool, cfg, count) for net in networks.values()]
+    results = [nearest(net, queries, pool, cfg, count) for net in networks.values()]
+    found, searched = zip(*results, strict=True)
     side, rows = 104, []
     for q in range(len(queries)):
         wanted, titles = class_of(queries, q), ["query"]
         pictures, words = [queries.read(q)], [name_of(queries, q)]
         for title, answers in zip(networks, found, strict=True):
-            titles += ["", title, *[""] * (len(answers[q]) - 1)]
+            titles += ["", title.format(n=f"{searched[0]:,}"), *[""] * (len(answers[q]) - 1)]
             pictures.append(None)
             words.append("")
             for cosine, place in answers[q]:
@@ -84,9 +87,7 @@ def before_and_after(trained, sources, source, cfg, path, most=MOST, count=5):
     places = sorted(set(places) - set([] if sources else asking)) or asking
     green = ";  green: of the query's class" if len(test.classes) > 1 else ""
     networks = {
-        f"nearest of {len(places):,} images, by the untrained network": untrained(
-            trained, cfg.seed
-        ),
+        "nearest of {n} images, by the untrained network": untrained(trained, cfg.seed),
         f"by the trained network{green}": trained,
     }
     return draw(networks, Part(test, asking), Part(pool, places), cfg, path, count)

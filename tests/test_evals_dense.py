@@ -131,6 +131,11 @@ def test_test_images_are_looked_at_once_and_held_out_ones_choose(tmp_path):
     assert {seen[image.stem] for image, _ in train} == {2}  # learned or chosen from; then learned
 
 
+def test_large_images_of_ones_own_need_no_key(tmp_path, monkeypatch):
+    monkeypatch.setattr("images.reader.read_image.__defaults__", (3, 20))
+    assert len(eval_dense.checked(blocks(tmp_path, 5), 3)[0]) == 5
+
+
 def test_train_and_val_folders_are_kept_apart(tmp_path):
     blocks(tmp_path / "train", 3)
     blocks(tmp_path / "val", 2)

@@ -384,6 +384,7 @@ BAD = [
     (["{run}", "data.root={cars}", "labels={cars}/cars.csv", "targets=age"],
      "targets=age: no such column in"),
     (["{run}", "data.root={photos}", "labels={cars}/cars.csv"], "has no row for the training or"),
+    (["{run}", "data.root={cars}", "labels={cars}/twice.csv"], "00.png is in it twice, with other"),
     (["{run}", "data.root={cars}", "labels={cars}/none.csv"], "No such file"),
     (["{run}", "data.root={cars}", "labels={cars}/00.png"], "cannot be read"),
     (["{run}", "save=/nowhere/c.pt"], "save=/nowhere/c.pt: cannot be written"),
@@ -396,6 +397,7 @@ BAD = [
 @pytest.mark.parametrize("words, expected", BAD)
 def test_bad_input_is_one_line(place, capsys, words, expected):
     places = {"run": place / "run", "photos": place / "photos", "cars": place / "cars"}
+    (place / "cars" / "twice.csv").write_text("path,make\n00.png,a\n01.png,b\n00.png,b\n")
     refused([word.format(**places) for word in words], capsys, expected)
 
 

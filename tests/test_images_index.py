@@ -7,6 +7,7 @@ import io
 import os
 import tarfile
 
+import numpy as np
 import pytest
 
 from config import UserError
@@ -42,54 +43,56 @@ def write_tar(path, members):
 # ---- cache --------------------------------------------------------------------------------------
 
 
-def settle(*paths):
-    for path in paths:
-        os.utime(path, (1e9, 1e9))  # as if it had been written long ago
-
-
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
     monkeypatch.setattr(index, "CACHE", tmp_path / "cache")
-    monkeypatch.setattr(index, "SLOW", 0)
+    monkeypatch.setattr(index, "MANY", 0)
     return tmp_path / "cache"
 
 
-def test_an_unchanged_folder_is_not_searched_again(tmp_path, cache, monkeypatch):
-    photos = touch(tmp_path / "photos", "cat/1.jpg", "dog/2.jpg", "dog/2.txt")
-    settle(photos, photos / "cat", photos / "dog")
-    first = index_folder(photos)
-    monkeypatch.setattr(index, "find_images", None)
-    again = index_folder(photos)
-    assert names_of(again) == names_of(first) == ["cat/1.jpg", "dog/2.jpg"]
-    assert again.classes == ["cat", "dog"] and again.labels.tolist() == [0, 1]
-    assert again.left_out == first.left_out == {".txt": 1}
+def old_tar(path, *names):
+    write_tar(path, dict.fromkeys(names, b"x"))
+    os.utime(path, (1e9, 1e9))  # as if it had been written long ago
+    return path
 
 
-def test_a_changed_folder_is_searched_again(tmp_path, cache):
-    photos = touch(tmp_path / "photos", "cat/1.jpg", "dog/2.jpg")
-    settle(photos, photos / "cat", photos / "dog")
-    index_folder(photos)
-    touch(photos, "cat/3.jpg")
-    assert names_of(index_folder(photos)) == ["cat/1.jpg", "cat/3.jpg", "dog/2.jpg"]
-    (photos / "dog" / "2.jpg").rename(photos / "dog" / "4.jpg")
-    assert names_of(index_folder(photos)) == ["cat/1.jpg", "cat/3.jpg", "dog/4.jpg"]
+def test_unchanged_shards_are_not_read_again(tmp_path, cache, monkeypatch, capsys):
+    path = old_tar(tmp_path / "a.tar", "1.jpg", "1.cls", "\udcdf.png", "3.mov")
+    path.write_bytes(path.read_bytes()[:-5000])  # truncated: that is said again, as a count
+    os.utime(path, (1e9, 1e9))
+    first = index_shards([path])
+    monkeypatch.setattr(index, "read_shard", None)
+    again = index_shards([path])
+    assert names_of(again) == names_of(first) == ["1.jpg", "\udcdf.png"]
+    assert again.classes == ["x"] and again.labels.tolist() == [0, -1]
+    assert np.array_equal(again.slices, first.slices)
+    assert again.left_out == first.left_out == {".mov": 1, "truncated shard": 1}
+
+
+def test_changed_shards_are_read_again(tmp_path, cache):
+    path = old_tar(tmp_path / "a.tar", "1.jpg")
+    assert names_of(index_shards([path])) == ["1.jpg"]
+    old_tar(path, *(f"{i}.jpg" for i in range(30)))
+    assert len(names_of(index_shards([path]))) == 30
+    old_tar(path, *(f"{i + 1}.jpg" for i in range(30)))  # of the same size, a second later
+    os.utime(path, (1e9 + 1, 1e9 + 1))
+    assert names_of(index_shards([path]))[0] == "1.jpg"
 
 
 def test_what_was_changed_a_moment_ago_is_not_cached(tmp_path, cache):
-    index_folder(touch(tmp_path / "photos", "1.jpg"))
+    index_shards([write_tar(tmp_path / "a.tar", {"1.jpg": b"x"})])
     assert not cache.exists()
 
 
 def test_a_damaged_cache_is_made_anew(tmp_path, cache):
-    photos = touch(tmp_path / "photos", "1.jpg")
-    settle(photos)
-    index_folder(photos)
+    path = old_tar(tmp_path / "a.tar", "1.jpg")
+    index_shards([path])
     (file,) = cache.iterdir()
     whole = file.read_bytes()
-    for damaged in [b"", whole[:100], b"no zip file"]:
+    for damaged in [b"", whole[:10], b"[1]", b"\xff"]:
         file.write_bytes(damaged)
-        assert names_of(index_folder(photos)) == ["1.jpg"]
-        assert file.read_bytes()[:4] == whole[:4]
+        assert names_of(index_shards([path])) == ["1.jpg"]
+        assert file.read_bytes() == whole
 
 
 def test_a_folder_of_many_names_needs_little_more_than_their_letters():
@@ -140,7 +143,9 @@ def test_lists_give_paths_and_labels(tmp_path, name, text, classes, labels, enco
     ("text", "message"),
     [
         ("a.jpg,cat\n,dog\n", "line 2: a label without an image"),
-        ("b.jpg\n", "b.jpg does not exist"),
+        ("b.jpg\n", "b.jpg does not exist; a line is path,label, and paths are relative to"),
+        ("a.jpg;cat\n", "a.jpg;cat does not exist; a line is path,label"),
+        ("a.jpg,cat\na.jpg,dog\n", "line 2: a.jpg has another label further up"),
         ("a\0.\0j\0", "save it as UTF-8"),
     ],
 )
@@ -149,6 +154,16 @@ def test_a_wrong_list_is_one_line(tmp_path, text, message):
     (tmp_path / "list.csv").write_text(text)
     with pytest.raises(UserError, match=message):
         index_list(tmp_path / "list.csv")
+
+
+def test_columns_are_found_in_any_case_and_missing_labels_are_told(tmp_path, capsys):
+    touch(tmp_path, "a.jpg")
+    (tmp_path / "list.csv").write_text("Path,Label\na.jpg,cat\na.jpg,cat\n")
+    found = index_list(tmp_path / "list.csv")
+    assert found.classes == ["cat"] and len(found.ends) == 2 and not capsys.readouterr().err
+    (tmp_path / "list.csv").write_text("path,class\na.jpg,cat\n")
+    assert index_list(tmp_path / "list.csv").classes == []
+    assert "no column is called `label`, so no image has a class" in capsys.readouterr().err
 
 
 def test_what_is_left_out_of_a_folder_is_counted(tmp_path):
@@ -216,6 +231,9 @@ def test_several_shards_are_one_index(tmp_path):
     (tmp_path / "classes.txt").write_text("".join(f"class {i}\n" for i in range(11)))
     found = index_shards(paths)
     assert [found.classes[label] for label in found.labels] == ["class 10", "class 9", "class 10"]
+    (tmp_path / "classes.txt").write_text("crane\n" * 11)  # a bird and a machine, in ImageNet
+    with pytest.raises(UserError, match=r"classes\.txt: crane is in it twice"):
+        index_shards(paths)
 
 
 @pytest.mark.parametrize(
@@ -247,7 +265,8 @@ def test_a_truncated_shard_gives_its_good_part_and_a_warning(tmp_path, capsys):
     size = 512 + 1024  # of a member: its header and its padded content
     for cut, good in [(4 * size, 4), (4 * size - 400, 3), (3 * size + 100, 3), (size + 512, 1)]:
         path.write_bytes(whole[:cut])
-        assert len(index_shards([path]).ends) == good
+        found = index_shards([path])
+        assert len(found.ends) == good and found.left_out == {"truncated shard": 1}
         assert "is truncated" in capsys.readouterr().err
 
 

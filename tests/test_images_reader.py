@@ -149,6 +149,17 @@ def test_a_tiff_gives_all_bands_and_values(dtype, channels):
         assert read_image(data, None).shape == pixels.shape
 
 
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+@pytest.mark.parametrize(
+    "more",
+    [{"photometric": "separated"}, *({"photometric": "rgb", "extrasamples": [kind]}
+                                     for kind in ("unspecified", "unassalpha", "assocalpha"))],
+)  # fmt: skip
+def test_the_fourth_band_stays_whatever_a_tiff_calls_it(dtype, more):
+    pixels = values(dtype, 4)
+    assert np.array_equal(read_image(tiff(pixels, **more), 4), pixels)
+
+
 def test_bands_are_neither_made_up_nor_dropped():
     for pixels, more, wanted in [(4, RGBX, 3), (3, {}, 4), (12, GREY, 3), (3, {}, 5)]:
         with pytest.raises(ValueError, match=f"{pixels} channels, but data.channels={wanted}: set"):

@@ -67,7 +67,8 @@ def test_a_loop_of_links_ends(tmp_path):
 def test_a_missing_or_empty_folder_is_one_line(tmp_path):
     with pytest.raises(UserError, match=r"data\.root=.*missing: no such folder or file; give a"):
         open_source(tmp_path / "missing", Config())
-    with pytest.raises(UserError, match=r"no images in this folder or below; looked for .*\.jpg"):
+    (tmp_path / "1.HEIC").touch()
+    with pytest.raises(UserError, match=r"folder or below; left out: 1 \.heic \(pip install"):
         open_source(tmp_path, Config())
     (tmp_path / "a.jpg").touch()
     with pytest.raises(UserError, match=r"a\.jpg: one file of another kind; give a"):
@@ -225,6 +226,7 @@ def test_labels_of_every_kind_are_understood(tmp_path, labels, classes, numbers)
             {"a": np.zeros((4, 8, 8, 3)), "b": np.zeros((4, 8, 8, 3))},
             "expected one array of images",
         ),
+        ({"x": np.zeros((9, 8, 3))}, r"one image of \(9, 8, 3\): put it in a folder"),
         ({"y": np.zeros(3, int)}, "expected one array of images"),
         ({"x": np.zeros((0, 8, 8, 3))}, "0 images of float64"),
         ({"x": np.zeros((4, 8, 8, 3), int)}, "4 images of int64; save them as uint8"),

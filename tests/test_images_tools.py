@@ -4,6 +4,7 @@ Run: pytest tests/test_images_tools.py       (seconds; files are written to a te
 """
 
 import csv
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -150,11 +151,13 @@ def test_pack_shrinks_large_images_and_leaves_out_damaged_ones(photos, tmp_path,
     Image.new("RGB", (64, 32)).save(photos / "cat" / "2.jpg")
     run("pack", photos, f"to={tmp_path / 'shards'}", "short=26")
     said = capsys.readouterr()
-    assert "23 images in" in said.out and "left out, damaged: cat/0.png" in said.err
+    assert "23 of 24 images in" in said.out and "left out, damaged: cat/0.png" in said.err
     packed = open_source(tmp_path / "shards", Config())
     sizes = {packed.name(i).split("-")[0]: packed.read(i).shape for i in range(len(packed))}
     assert sizes["cat/2"] == (26, 52, 3)
     assert max(min(size[:2]) for size in sizes.values()) == 26
+    run("pack", photos, f"to={tmp_path / 'shards'}", "short=26")  # all is there already
+    assert "23 of 24 images in" in capsys.readouterr().out
 
 
 # ---- stats --------------------------------------------------------------------------------------
@@ -230,6 +233,14 @@ def test_index_and_show_say_what_is_there(photos, tmp_path, capsys):
     assert "left out: 1 .mov\n" in said and "every image has a class" in said
     run("show", photos, f"to={tmp_path / 'crops.png'}")
     assert Image.open(tmp_path / "crops.png").width > 500
+
+
+def test_names_in_any_encoding_are_printed(photos):
+    (photos / "cat").rename(photos / os.fsdecode(b"Stra\xdfe"))
+    words = [sys.executable, "-m", "images", "index", str(photos)]
+    strict = os.environ | {"PYTHONIOENCODING": "utf-8:strict"}
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, env=strict)
+    assert done.returncode == 0 and r"Stra\udcdfe 12, dog 12" in done.stdout
 
 
 @pytest.mark.parametrize(

@@ -172,7 +172,7 @@ def test_queries_of_8_and_of_16_bits_are_read_alike(place):
     network = visualize.Network(place / "run")
     flat, deep = place / "flat.npy", place / "deep.npy"
     pool, asking = (visualize.unlabelled(network, files) for files in ([flat], [flat, deep]))
-    [[one], [same]] = neighbours.nearest(network.net, asking, pool, network.cfg, 1)
+    [[one], [same]], _ = neighbours.nearest(network.net, asking, pool, network.cfg, 1)
     assert one[0] > 0.999 and same[0] > 0.999
 
 
@@ -187,8 +187,8 @@ def test_a_damaged_image_is_nobodys_neighbour_and_asks_for_none(place, monkeypat
 
     monkeypatch.setattr(source, "read", read)
     assert 2 not in neighbours.spread(source, 6)
-    found = neighbours.nearest(network.net, source, source, network.cfg, 3)
-    assert len(found) == 5 and all(len(pairs) == 3 for pairs in found)
+    found, searched = neighbours.nearest(network.net, source, source, network.cfg, 3)
+    assert searched == len(found) == 5 and all(len(pairs) == 3 for pairs in found)
     assert 2 not in [i for pairs in found for _, i in pairs]
 
 
