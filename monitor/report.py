@@ -63,7 +63,7 @@ class Reporter:
         k-NN evaluations and damaged images carry the number of the step that follows them.
         """
         with contextlib.suppress(UserError):  # no log yet, or a kill before its first line was out
-            lines = read_log(self.out / "log.jsonl")
+            lines = read_log(self.out)
             return [n for n in lines if n["step"] < start or (n["step"] == start and "loss" in n)]
         return []
 
@@ -237,8 +237,9 @@ def warnings_of(line, cfg):
         )
 
 
-def read_log(path):
-    """The objects of log.jsonl. The last line may be half written if the run was killed."""
+def read_log(run):
+    """The lines of RUN/log.jsonl, or of such a file; the last may be half written after a kill."""
+    path = Path(run) if Path(run).is_file() else Path(run, "log.jsonl")
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except OSError:

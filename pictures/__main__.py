@@ -157,16 +157,24 @@ def match(run, files, o, path):
         "every patch on the right has the colour of its nearest on the left": tinted,
     }
     if points:
-        found = matching.transfer(points[0], *maps, *sizes)
-        title = keypoint_title(found, points[1], sizes[1], o.alpha)
-        bands[title] = draw_keypoints(images, found, *points)
+        bands |= keypoints(images, *points, matching.transfer(points[0], *maps, *sizes), o.alpha)
     rows = [([title], [np.asarray(page.finished())], None) for title, page in bands.items()]
     return sheets.write(sheets.bands(rows, linked.size[0]), path)
 
 
-def draw_keypoints(images, found, points, truth):
-    """Numbered points left, where they were found right, and how far that is from the truth."""
+def keypoints(images, points, truth, found, alpha):
+    """Numbered points left, where they were found right, and how far that is from the truth.
+
+    Returns {title: page}. PCK, where the truth is known, is printed too.
+    """
     page, at = sheets.beside(images)
+    title = f"{len(found)} keypoints of the left image, found in the right one"
+    if truth is not None:
+        longer = max(images[1].shape[:2])
+        share = matching.pck(found, truth, alpha, longer)
+        title = f"PCK@{alpha:g} = {share:.1f} % of {len(found)} keypoints"
+        print(f"{title} (within {alpha * longer:.1f} pixels, {alpha:g} of the longer side)")
+        title += "; a cross is where one belongs, a line how far it is off"
     for i, ends in enumerate(zip(points, found, strict=True)):
         if truth is not None:
             x, y = at(1, truth[i])
@@ -178,17 +186,7 @@ def draw_keypoints(images, found, points, truth):
             x, y = at(side, point)
             page.dot(x, y, (BLUE, ORANGE, GREEN)[i % 3], 8.6)
             page.text(x, y, str(i), 11, PAPER, "mm")
-    return page
-
-
-def keypoint_title(found, truth, size, alpha):
-    """The words over the keypoints, with PCK where the truth is known; it is printed too."""
-    if truth is None:
-        return f"{len(found)} keypoints of the left image, found in the right one"
-    share = matching.pck(found, truth, alpha, max(size))
-    words = f"PCK@{alpha:g} = {share:.1f} % of {len(found)} keypoints"
-    print(f"{words} (within {alpha * max(size):.1f} pixels, {alpha:g} of the longer side)")
-    return words + "; a cross is where one belongs, a line how far it is off"
+    return {title: page}
 
 
 # ---- neighbours ---------------------------------------------------------------------------------

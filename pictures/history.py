@@ -52,7 +52,7 @@ def draw_curves(run, path=None, others=()):
 
     Each is a run folder or a .jsonl file.
     """
-    rows, *logs = [read_log(log_of(each)) for each in (run, *others)]
+    rows, *logs = [read_log(each) for each in (run, *others)]
     last = max(row["step"] for log in (rows, *logs) for row in log)
 
     def lines_of(key, name, hue):
@@ -60,33 +60,26 @@ def draw_curves(run, path=None, others=()):
         lines = [Line("", pale, series(log, key), thin=True) for log in logs]
         return [line for line in (*lines, Line(name, hue, series(rows, key))) if line.points]
 
-    losses = [line for each in LOSSES for line in lines_of(*each)]
-    health = [(name, lines_of(key, "", hue)) for key, name, hue in HEALTH]
-    health = [(name, lines) for name, lines in health if lines]
     knn = lines_of("knn", f"DINOv2{latest(rows, 'knn')}", plot.BLUE)
     for (key, name), hue in zip(FLOORS.items(), FLOOR_COLOURS, strict=True):
-        if level := latest(rows, key):
-            value = next(reversed(series(rows, key).values()))
-            knn.append(Line(name + level, hue, {0: value, last: value}, thin=True))
+        for value in [*series(rows, key).values()][-1:]:
+            knn.append(Line(f"{name} {value:.1f} %", hue, {0: value, last: value}, thin=True))
 
-    page = Page(1200, 700 if health else 460)
+    page = Page(1200, 700)
     page.text(30, 28, name_of(run), 20, anchor="lm")
     images = max(series(rows, "images").values(), default=0)
     done = max(row["step"] for row in rows)
     page.text(1170, 28, f"step {done:,},  {images:,} images", 13, plot.GREY, "rm")
-    names = [name_of(each) + latest(log, "knn") for each, log in zip(others, logs, strict=True)]
-    if names:
+    if others:
+        names = map(lambda run, log: name_of(run) + latest(log, "knn"), others, logs)
         page.text(30, 52, "pale: " + ", ".join(names), 12, plot.GREY, "lm")
+    losses = [line for each in LOSSES for line in lines_of(*each)]
     panel(page, (30, 70, 585, 430), "Losses", losses, last)
     panel(page, (615, 70, 1170, 430), "k-NN accuracy (%)", knn, last, from_zero=True)
-    for i, (name, lines) in enumerate(health):
+    for i, (key, name, hue) in enumerate(HEALTH):
         left = 30 + i * 292.5
-        panel(page, (left, 470, left + 262.5, 670), name, lines, last)
+        panel(page, (left, 470, left + 262.5, 670), name, lines_of(key, "", hue), last)
     return sheets.write(page.finished(), path or Path(run, "curves.png"))
-
-
-def log_of(run):
-    return Path(run) if Path(run).is_file() else Path(run, "log.jsonl")
 
 
 def name_of(run):
@@ -151,7 +144,7 @@ def animate(run, path, milliseconds=500, side=160):
         images = [arrays[f"image_{i}"] for i in range(len(arrays) // 2)]
         frames.append([torch.tensor(arrays[f"features_{i}"]).float() for i in range(len(images))])
     steps = [int(file.stem) for file in files]
-    knn = series(read_log(Path(run, "log.jsonl")), "knn")
+    knn = series(read_log(run), "knn")
     pictures = [
         frame(images, colours, step, steps[-1], knn.get(step), side)
         for step, colours in zip(steps, steady_colours(frames), strict=True)

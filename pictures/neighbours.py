@@ -7,8 +7,10 @@ of each run: what the network has learnt, for the eye.
 import random
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import ImageOps
 
 from evals.frozen import untrained
 from images.evaluation import DAMAGED, evaluation_batches
@@ -66,8 +68,11 @@ def draw(networks, queries, pool, cfg, path, count):
             pictures.append(None)
             words.append("")
             for cosine, place in answers[q]:
-                image, alike = pool.read(place), wanted and class_of(pool, place) == wanted
-                pictures.append(sheets.framed(image, side, GREEN) if alike else image)
+                image = pool.read(place)
+                if wanted and class_of(pool, place) == wanted:
+                    smaller = sheets.fit(sheets.picture(image), side - 8)
+                    image = np.asarray(ImageOps.expand(smaller, 4, GREEN))
+                pictures.append(image)
                 number = f"{cosine:.2f} " if len(found) == 1 else ""
                 words.append(number + name_of(pool, place))
         rows.append(([] if rows else titles, pictures, words))

@@ -150,17 +150,12 @@ def pca_colours(features, keep=None):
     keep  bool (H, W) per image: the others neither count nor have a colour, they stay black
     """
     keep_N = flat(keep or [torch.ones(f.shape[:2]) for f in features]).bool()
-    colour_N3 = stretched(components(features, keep_N), keep_N)
-    return as_bytes(colour_N3 * keep_N[:, None], features)
-
-
-def as_bytes(colour_N3, features):
-    """Colours 0..1 of all patches -> uint8 (H, W, 3) per image."""
-    return [m.numpy() for m in as_maps((255 * colour_N3).round().byte(), features)]
+    colour_N3 = stretched(components(features, keep_N), keep_N) * keep_N[:, None]
+    return [m.numpy() for m in as_maps(colour_N3, features)]
 
 
 def stretched(x_N3, keep_N=slice(None)):
-    """Each column from its 2nd to its 98th percentile, over the rows to keep, as 0..1.
+    """Each column from its 2nd to its 98th percentile, over the rows to keep, as uint8.
 
     Percentiles, because one odd patch would otherwise leave all others in one colour.
     """
@@ -168,7 +163,8 @@ def stretched(x_N3, keep_N=slice(None)):
     low, high = (torch.tensor(np.quantile(kept.numpy(), q, axis=0)) for q in (0.02, 0.98))
     least = 1e-6 * kept.norm().clamp(min=1e-30) / len(kept) ** 0.5
     colour = ((x_N3 - (low + high) / 2) / (high - low).clamp(min=least) + 0.5).clamp(0, 1)
-    return F.pad(colour, (0, 3 - colour.shape[1]), value=0.5)  # of features with D < 3
+    colour = F.pad(colour, (0, 3 - colour.shape[1]), value=0.5)  # of features with D < 3
+    return (255 * colour).round().byte()
 
 
 def foreground(features):
@@ -212,5 +208,5 @@ def steady_colours(frames):
             left, _, right = torch.linalg.svd(x_N3.T @ after_N3)
             x_N3 = x_N3 @ (left @ right)
         after_N3 = x_N3 / x_N3.norm().clamp(min=1e-30)
-        coloured.append(as_bytes(stretched(x_N3), features))
+        coloured.append([m.numpy() for m in as_maps(stretched(x_N3), features)])
     return coloured[::-1]

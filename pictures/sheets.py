@@ -31,7 +31,7 @@ def bands(rows, side=160, per_row=8):
     gap, head, foot = 6, 28, 20
     # An empty place in the first row is a narrow one in all.
     wide = [gap + (2 * gap if image is None else side) for image in rows[0][1][:per_row]]
-    left = [gap + sum(wide[:i]) for i in range(len(wide) + 1)]
+    left = list(itertools.accumulate(wide, initial=gap))
     ends = [left[i] + text_width(words, 13) + gap for row in rows for i, words in enumerate(row[0])]
     starts = range(0, len(rows[0][1]), per_row)
     highest = len(starts) * len(rows) * (head + side + foot) + gap
@@ -61,11 +61,11 @@ def caption(sheet, x, y, words):
 
 
 def shortened(words, width):
-    """As many of the words as fit into so many pixels."""
-    short = words
+    """As many of the words as fit into so many pixels; both ends, as names often begin alike."""
+    short, kept = words, len(words)
     while text_width(short, 13) > width:
-        words = words[:-1]
-        short = words + "…"
+        kept -= 1
+        short = f"{words[: kept // 2]}…{words[kept // 2 - kept :]}"
     return short
 
 
@@ -107,14 +107,6 @@ def fit(image, side):
     factor = side / max(image.size)
     method = Image.Resampling.NEAREST if factor > 1 else Image.Resampling.LANCZOS
     return image.resize([max(1, round(n * factor)) for n in image.size], method)
-
-
-def framed(pixels, side, colour, width=4):
-    """The picture as large as fits into a square, its borders hidden by a frame."""
-    image = fit(picture(pixels), side)
-    corners = (0, 0, image.width - 1, image.height - 1)
-    ImageDraw.Draw(image).rectangle(corners, outline=colour, width=width)
-    return np.asarray(image)
 
 
 # Inferno (Smith and van der Walt 2015): as bright as it is high, for any kind of colour vision.

@@ -132,8 +132,8 @@ def test_neighbours_before_and_after_are_framed_where_they_are_of_the_class(draw
     photos = make_photos(place / "photos")
     draw("neighbours", "run", f"data={photos}", "count=3", "out=n.png")  # held-out images ask
     sheet = np.asarray(Image.open("n.png"))
-    assert sheet.shape == (28 + 6 * (89 + 20) + 6 * 6, 6 + 7 * 110 + 2 * 18, 3)  # 7 : 6 in all
-    frame, most = 104 * 89 - 96 * 81, 6 * 2 * 3  # dark and light are told apart by anything
+    assert sheet.shape == (28 + 6 * (90 + 20) + 6 * 6, 6 + 7 * 110 + 2 * 18, 3)  # 7 : 6 in all
+    frame, most = 104 * 90 - 96 * 82, 6 * 2 * 3  # dark and light are told apart by anything
     assert green(sheet) % frame == 0 and most / 2 < green(sheet) / frame <= most
     bare = place / "bare"
     bare.mkdir(exist_ok=True)
@@ -270,6 +270,14 @@ def test_two_ranks_with_sharded_weights_keep_the_frames_of_one(tmp_path):
     for name in ("0000000.npz", "0000001.npz", "0000002.npz"):
         one, two = (frame(tmp_path / out / "frames" / name) for out in ("one", "two"))
         assert all(np.allclose(one[key], two[key], atol=1e-2) for key in one)
+
+
+def test_the_first_picture_is_the_one_that_convinces():
+    """Neighbours before and after training; PCA colours grow blurred while the network learns."""
+    for page in ("README.md", "docs/pictures.md"):
+        text = (ROOT / page).read_text(encoding="utf-8")
+        first = text.partition("![")[2].partition("](")[2].partition(")")[0]
+        assert first.endswith("neighbours.png"), page
 
 
 def test_the_islands_of_the_readme_are_those_that_the_script_draws(tmp_path):

@@ -41,7 +41,7 @@ def test_curves_draw_every_series_of_the_log(tmp_path):
 
 def test_curves_need_nothing_but_a_first_line(tmp_path):
     (tmp_path / "log.jsonl").write_text('{"step": 0, "loss": 7.5}\n')
-    assert Image.open(history.draw_curves(tmp_path)).size == (1200, 460)
+    assert Image.open(history.draw_curves(tmp_path)).size == (1200, 700)
 
 
 def test_a_log_may_be_cut_off_repeat_steps_and_hold_bad_numbers(tmp_path):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pictures import letters, sheets
+from pictures import letters, plot, sheets
 
 WORDS = {  # and how they are written where there is no font but Pillow's own
     "plain ASCII, 84.0 %": "plain ASCII, 84.0 %",
@@ -66,6 +66,15 @@ def test_a_caption_of_a_sheet_shows_its_letters(fonts):
     ]
     assert (drawn[0] != drawn[1]).any()  # not the box
     assert drawn[2].shape == drawn[0].shape  # shortened
+
+
+def test_a_title_of_a_chart_shows_its_letters(fonts):
+    drawn = []
+    for words in ("S\u00fcd", "S\U0010ffffd"):
+        page = plot.Page(80, 20)
+        page.text(2, 2, words)
+        drawn.append(np.asarray(page.finished()))
+    assert (drawn[0] != drawn[1]).any() and (drawn[0] < 128).any()
 
 
 def test_words_of_any_script_do_not_stop_a_picture(fonts, tmp_path):
