@@ -24,9 +24,11 @@ from parallel import gather_from_ranks, max_over_ranks, sum_over_ranks
 def one_pass(function):
     """Compile a function if its first tensor is on a GPU: few passes over memory for many lines.
 
-    Numbers that change from step to step must be tensors, or each would be compiled anew.
+    Numbers that change from step to step must be tensors, or each would be compiled anew. Only
+    sizes that do change become variables of the kernels (the rows): with a fixed K they read more
+    than one number at a time.
     """
-    compiled = functools.cache(lambda: torch.compile(function, dynamic=True))
+    compiled = functools.cache(lambda: torch.compile(function))
 
     @functools.wraps(function)
     def call(x, *others):

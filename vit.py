@@ -217,8 +217,10 @@ class AddRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x_MD, branch_mD, rows_m, place_M, scale_M1):
         ctx.save_for_backward(rows_m, scale_M1)
-        out_MD = torch.empty_like(x_MD)  # scale is fp32, and so is this sum before it is rounded
-        return torch.addcmul(x_MD, branch_mD.index_select(0, place_M), scale_M1, out=out_MD)
+        # scale is fp32, and so is the sum before it is rounded. Written with `out=`, or with a
+        # `.to` that changes nothing, PyTorch 2.11 compiles it to a function without a gradient.
+        sum_MD = torch.addcmul(x_MD, branch_mD.index_select(0, place_M), scale_M1)
+        return sum_MD if sum_MD.dtype == x_MD.dtype else sum_MD.to(x_MD.dtype)
 
     @staticmethod
     def backward(ctx, grad_MD):
@@ -438,31 +440,39 @@ class VisionTransformer(nn.Module):
 def packed_rows(kept, packing, device):
     """Kept images as rows of tokens: what add_branch takes as `kept`, for all blocks and branches.
 
-    All indices of the step go to the device in one copy that nobody waits for.
+    Branches that keep equally many images, mostly all of them, are made together.
     """
-    drawn = [images for block in kept for branch in block for images in branch]
-    flat = torch.cat(drawn)
-    if device.type == "cuda":
-        flat = flat.pin_memory()
-    drawn = iter(flat.to(device, non_blocking=True).split([len(images) for images in drawn]))
-    crops, M = [], 0
-    for B, T in packing.groups:
-        crops.append((B, T, M + torch.arange(T, device=device)))  # the rows of its first image
-        M += B * T
+    branches = [branch for block in kept for branch in block]
+    counts = [tuple(len(images) for images in branch) for branch in branches]
+    made = {}
+    for count in dict.fromkeys(counts):
+        alike = [b for b, c in zip(branches, counts, strict=True) if c == count]
+        made[count] = iter(rows_of_branches(alike, packing, device))
+    given = iter([next(made[count]) for count in counts])
+    return [[next(given) for _ in block] for block in kept]
 
-    def pack_branch():
-        rows, groups, scale_M1 = [], [], torch.zeros(M, 1, device=device)
-        for B, T, first_T in crops:
-            image_k = next(drawn)
-            rows.append((image_k.unsqueeze(1) * T + first_T).flatten())
-            scale_M1.index_fill_(0, rows[-1], B / len(image_k))
-            groups.append((len(image_k), T))
-        rows_m = torch.cat(rows)
-        place_m = torch.arange(len(rows_m), device=device)
-        place_M = torch.zeros(M, dtype=torch.long, device=device).index_copy_(0, rows_m, place_m)
-        return pack(groups, packing.backend, device), rows_m, place_M, scale_M1
 
-    return [[pack_branch() for _ in block] for block in kept]
+def rows_of_branches(branches, packing, device):
+    """packed_rows for b branches that keep equally many images; indices are moved together."""
+    M = sum(B * T for B, T in packing.groups)
+    rows, groups, first = [], [], 0
+    scale_bM = torch.zeros(len(branches), M, device=device)
+    for (B, T), *images in zip(packing.groups, *branches, strict=True):
+        image_bk = torch.stack(images)
+        if device.type == "cuda" and not image_bk.is_cuda:
+            image_bk = image_bk.pin_memory()  # so that nobody waits for the copy
+        image_bk = image_bk.to(device, non_blocking=True)
+        row_bkT = first + T * image_bk.unsqueeze(2) + torch.arange(T, device=device)
+        rows.append(row_bkT.flatten(1))
+        scale_bM.scatter_(1, rows[-1], B / image_bk.shape[1])
+        groups.append((image_bk.shape[1], T))
+        first += B * T
+    rows_bm = torch.cat(rows, dim=1)
+    place_bm = torch.arange(rows_bm.shape[1], device=device).expand_as(rows_bm)
+    place_bM = torch.zeros_like(scale_bM, dtype=torch.long).scatter_(1, rows_bm, place_bm)
+    kept_packing = pack(groups, packing.backend, device)
+    indices = zip(rows_bm, place_bM, scale_bM.unsqueeze(2), strict=True)
+    return [(kept_packing, *each) for each in indices]
 
 
 @torch.no_grad()

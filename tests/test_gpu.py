@@ -9,6 +9,7 @@ import pytest
 import running
 import test_golden_steps as golden
 import torch
+from test_bench_plan import plan_page
 from test_parallel import TINY, assert_golden, assert_same_numbers, golden_steps, train
 
 import config
@@ -85,6 +86,30 @@ def test_every_attention_trains_alike_compiled_or_not(folder, attention, compile
     assert got == pytest.approx(expected, rel=0.02)
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_compiled_step_has_the_gradients_of_a_plain_one(folder, precision):
+    """Of a whole step with stochastic depth: losses, heads, blocks."""
+
+    def gradients(compiled):
+        words = f"precision={precision}", f"compile={compiled}", "vit.drop_path=0.3"
+        cfg = settings(folder, *words)
+        with process_group(cfg), without_tf32():
+            torch.compiler.set_stance("default" if compiled == "true" else "force_eager")
+            source = open_source(cfg.data.root, cfg, "train")
+            run = train_script.Run(cfg, GPU, source)
+            batch = next(iter(data.loader(cfg, source, 0, 0, 1)))
+            parts = train_script.micro_batches(batch, cfg, GPU)
+            ask, rng = train_script.own_teacher(run), train_script.seeded("")
+            train_script.backward([run], ask, parts, schedules(5, cfg), rng, False)
+        torch.compiler.set_stance("default")
+        return {name: p.grad.cpu() for name, p in run.student.named_parameters()}
+
+    plain, compiled = gradients("false"), gradients("true")
+    for name, grad in plain.items():
+        error = (compiled[name] - grad).norm() / grad.norm().clamp(min=1e-8)
+        assert error < (1e-3 if precision == "fp32" else 0.1), name
+
+
 def test_a_head_width_without_a_kernel_is_refused_in_one_line():
     with pytest.raises(UserError) as error:
         check_backend("varlen", GPU, torch.bfloat16, 520)
@@ -102,8 +127,9 @@ def test_a_run_that_was_interrupted_ends_as_if_it_had_not(folder):
 
 def test_a_step_never_waits_for_the_device(folder):
     cfg = settings(folder, "precision=bf16", "compile=false", "vit.drop_path=0.3", "log.every=100")
-    run = train_script.Run(cfg, GPU)
-    batches = data.loader(cfg, open_source(cfg.data.root, cfg, "train"), 0, 0, 1)
+    source = open_source(cfg.data.root, cfg, "train")
+    run = train_script.Run(cfg, GPU, source)
+    batches = data.loader(cfg, source, 0, 0, 1)
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     watch = train_script.Watch()
     try:
@@ -126,6 +152,6 @@ def test_a_step_takes_the_memory_that_was_planned(folder):
     torch.cuda.empty_cache()
     held = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
-    real = plan.real_peak(cfg, GPU) - held
+    real = plan_page.real_peak(cfg, GPU) - held
     cfg.device = "cpu"
     assert plan.plan_step(cfg, 1).peak == pytest.approx(real, rel=0.1)

@@ -252,6 +252,34 @@ def test_kept_images_get_their_residual_times_batch_over_kept():
     close(out, x, 1e-5)  # same numbers; other batch sizes in the matrix products
 
 
+def test_rows_of_branches_that_keep_different_numbers_are_those_of_each_alone():
+    packing, cpu = pack(((4, 3), (5, 2)), "plain", torch.device("cpu")), torch.device("cpu")
+    few = [torch.tensor([2, 0]), torch.tensor([4])]
+    many, more = ([torch.randperm(4)[:3], torch.randperm(5)[:2]] for _ in range(2))
+    made = packed_rows([[many, few], [more, many]], packing, cpu)
+    for got, branch in zip(itertools.chain(*made), (many, few, more, many), strict=True):
+        [[alone]] = packed_rows([[branch]], packing, cpu)
+        assert got[0].groups == alone[0].groups
+        assert all(map(torch.equal, got[1:], alone[1:]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_compiled_block_has_the_gradients_of_the_plain_one(dtype):
+    vit = VisionTransformer((32, 1, 2, "mlp"), 8, 32, drop_path=0.4, layerscale=0.5, init_std=0)
+    crops = [torch.randn(5, 3, 32, 32, dtype=dtype), torch.randn(8, 3, 16, 16, dtype=dtype)]
+
+    def gradients():
+        vit.zero_grad()
+        features = vit.forward_features(crops, rng=torch.Generator().manual_seed(0))
+        sum(f["x_prenorm"].float().pow(3).sum() for f in features).backward()
+        return [x.grad for x in (vit.patch_embed.proj.weight, vit.blocks[0].mlp.fc1.weight)]
+
+    expected = gradients()
+    vit.blocks[0].compile(backend="aot_eager")  # what compiling changes, without making kernels
+    for got, plain in zip(gradients(), expected, strict=True):
+        close(got / plain.norm(), plain / plain.norm(), 1e-6 if dtype == torch.float32 else 0.02)
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_gathers_of_kept_rows_are_a_sum_into_these_rows(dtype):
     packing = pack(((4, 3), (5, 2)), "plain", torch.device("cpu"))
