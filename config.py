@@ -226,10 +226,9 @@ def load(path, overrides=()):
         raise UserError(f"{path}: the config file comes first, as in config.yaml {path}")
     try:
         given = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such config file; config.yaml is the default one") from None
     except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); give a yaml file") from None
+        reason = f"cannot be read ({error.strerror}); config.yaml is the default one"
+        raise UserError(f"{path}: {reason}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         mark = getattr(error, "problem_mark", None)
         line = f", line {mark.line + 1}" if mark else ""
@@ -287,21 +286,17 @@ def assign(cfg, key, value, source):
     kind = type_of(key)
     if kind is None:
         raise UserError(f"{source}: unknown key {key}; {nearest(key)}")
-    if is_dataclass(kind):
-        first = f"{key}.{fields(kind)[0].name}"
-        raise UserError(f"{source}: {key} is a section, set one of its keys, such as {first}")
     section, _, name = key.rpartition(".")
     setattr(lookup(cfg, section) if section else cfg, name, convert(value, kind, key, source))
 
 
 def nearest(key, options=()):
-    """`did you mean ...`: options of the program first, then keys, by their last part too."""
-    keys = {name.rpartition(".")[2]: name for name, _ in reversed(documented())}
-    keys |= {name: name for name, _ in documented()}
-    for known in ({name: name for name in options}, keys):
-        for word in (key, key.rpartition(".")[2]):
-            for close in difflib.get_close_matches(word, known, n=1, cutoff=0.75):
-                return f"did you mean {known[close]}?"
+    """`did you mean ...`: an option of the program or a key, known by its last part too."""
+    known = {name.rpartition(".")[2]: name for name, _ in reversed(documented())}
+    known |= {name: name for name in [*dict(documented()), *options]}
+    for word in (key, key.rpartition(".")[2]):
+        for close in difflib.get_close_matches(word, known, n=1, cutoff=0.75):
+            return f"did you mean {known[close]}?"
     return "--help lists them all"
 
 
@@ -335,7 +330,8 @@ def convert(value, kind, key, source):
         each, *others = kind.__args__
         if others == [...] or len(value) == 1 + len(others):
             return tuple(convert(v, each, f"{key}[{i}]", source) for i, v in enumerate(value))
-    raise UserError(f"{source}: {key} must be {EXPECTED[kind]}, got {shown(value)}")
+    expected = EXPECTED.get(kind) or f"a section with keys such as {key}.{fields(kind)[0].name}"
+    raise UserError(f"{source}: {key} must be {expected}, got {shown(value)}")
 
 
 def shown(value):
@@ -384,9 +380,8 @@ def check(cfg):
     for key, choices in CHOICES.items():
         if get(key) not in choices:
             raise UserError(f"{key}={get(key)} is unknown: use one of {', '.join(choices)}")
-    numbers = [key for key, _ in documented() if key and type_of(key) in NUMBERS]
-    rest = " ".join(key for key in numbers if key != "data.mean")
-    for rule, (least, most), keys in [*BOUNDS, ("at least 0", (0, math.inf), rest)]:
+    numbers = [key for key, _ in documented() if type_of(key) in NUMBERS and key != "data.mean"]
+    for rule, (least, most), keys in [*BOUNDS, ("at least 0", (0, math.inf), " ".join(numbers))]:
         for key in keys.split():
             values = get(key) if isinstance(get(key), tuple) else [get(key)]
             if not all(least <= value <= most for value in values):
@@ -404,29 +399,17 @@ def check(cfg):
         if size % patch:
             fix = max(round(size / patch), 1) * patch
             raise UserError(f"{key}={size} is not a multiple of vit.patch={patch}: use {fix}")
-    given = cfg.init_from or cfg.distill.teacher
-    for wrong, words in [
-        (not cfg.out, "out is empty: set it to a folder, such as out=runs/default"),
-        (
-            cfg.loss.dino == cfg.loss.ibot == cfg.loss.koleo == 0,
-            "loss.dino, loss.ibot and loss.koleo are all 0: set one above 0",
-        ),
-        (
-            cfg.init_heads and not cfg.init_from,
-            "init_heads=true has no file to take heads from: set init_from",
-        ),
-        (
-            cfg.head_steps and (cfg.init_heads or not given),
-            f"head_steps={cfg.head_steps} trains fresh heads on given weights: "
-            "set init_from and init_heads=false, or head_steps=0",
-        ),
-        (
-            not cfg.head.separate and (cfg.head.ibot_prototypes or cfg.head.ibot_bottleneck),
-            "head.ibot_prototypes and head.ibot_bottleneck need head.separate=true",
-        ),
-    ]:
-        if wrong:
-            raise UserError(words)
+    if not cfg.out:
+        raise UserError("out is empty: set it to a folder, such as out=runs/default")
+    if cfg.loss.dino == cfg.loss.ibot == cfg.loss.koleo == 0:
+        raise UserError("loss.dino, loss.ibot and loss.koleo are all 0: set one above 0")
+    if cfg.init_heads and not cfg.init_from:
+        raise UserError("init_heads=true has no file to take heads from: set init_from")
+    if cfg.head_steps and (cfg.init_heads or not (cfg.init_from or cfg.distill.teacher)):
+        raise UserError(f"head_steps={cfg.head_steps} trains fresh heads on given weights: "
+                        "set init_from and init_heads=false, or head_steps=0")  # fmt: skip
+    if (cfg.head.ibot_prototypes or cfg.head.ibot_bottleneck) and not cfg.head.separate:
+        raise UserError("head.ibot_prototypes and head.ibot_bottleneck need head.separate=true")
 
 
 def lookup(cfg, key):
@@ -454,11 +437,8 @@ def documented():
     rows = []
     for section in [Config] + [f.type for f in fields(Config) if is_dataclass(f.type)]:
         prefix = "" if section is Config else f"{section.__name__.lower()}."
-        for line in inspect.getsource(section).splitlines():
-            if row := re.match(r"    (\w+): .+?  # (.+)", line):
-                rows.append((prefix + row[1], row[2]))
-            elif more := re.match(r"    # (.+)", line):  # goes on from the line before
-                rows.append(("", more[1]))
+        found = re.findall(r"^    (\w+): .+?  # (.+)", inspect.getsource(section), re.MULTILINE)
+        rows += [(prefix + name, comment) for name, comment in found]
     return rows
 
 
@@ -481,17 +461,13 @@ def main_arguments(argv, usage, keys=("",)):
 
 def help_text(usage, keys=("",)):
     """What --help prints: usage, examples, and every such key with its default and comment."""
-    lines = [usage.strip("\n"), "", f"{'key':<28}{'default':<23}meaning"]
-    section, wanted = "", True
+    lines, before = [usage.strip("\n"), "", f"{'key':<28}{'default':<23}meaning"], ""
     for key, comment in documented():
-        wanted = key.startswith(keys) if key else wanted  # without a key: more of the one before
-        if not wanted:
-            continue
-        if key and key.rpartition(".")[0] != section:
+        if key.startswith(keys):
             section = key.rpartition(".")[0]
-            lines += ["", f"{section}:"] if section else []
-        default = shown(lookup(Config(), key)) if key else ""
-        lines.append(f"  {key:<26}{default:<23}{comment}")
+            lines += [""] * (section != before)
+            lines.append(f"  {key:<26}{shown(lookup(Config(), key)):<23}{comment}")
+            before = section
     return "\n".join(lines)
 
 

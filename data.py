@@ -15,24 +15,17 @@ Shapes:  n images of the source   G images of a step   B of them on this rank   
          M masked patches.  Crop-major: row = crop * B + image.
 """
 
-import os
 import random
-import sys
-import warnings
 from functools import partial
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 import augment
 from config import UserError
-from images.sources import read_or_next
-
-# More workers than cores are no mistake where images come over a network: they wait side by side.
-warnings.filterwarnings("ignore", message="This DataLoader will create")
+from images.sources import by_workers, read_or_next
 
 # ---- order --------------------------------------------------------------------------------------
 
@@ -148,13 +141,6 @@ def positions(cfg, start_step, rank, world):
         yield range(step * cfg.batch + rank * B, step * cfg.batch + (rank + 1) * B)
 
 
-def start_worker(_):
-    # Ctrl-C and `timeout` signal a whole process group. The training process saves and then ends
-    # its workers; in a group of their own, they do not die before it under its hands.
-    if hasattr(os, "setpgrp"):
-        os.setpgrp()
-
-
 def loader(cfg, source, start_step=0, rank=0, world=1):
     """Iterator over the Batches of steps start_step, start_step + 1, ... up to cfg.steps."""
     if len(source) < cfg.batch:
@@ -162,38 +148,9 @@ def loader(cfg, source, start_step=0, rank=0, world=1):
             f"{len(source)} images are fewer than batch={cfg.batch}: "
             f"use batch={len(source)} or less, or more images"
         )
-    batches = DataLoader(
+    return by_workers(
         Dataset(source, cfg),
+        cfg,
         batch_sampler=positions(cfg, start_step, rank, world),
         collate_fn=partial(collate, cfg=cfg, rank=rank, world=world),
-        **worker_options(cfg),
     )
-    return one_line_errors(batches)
-
-
-def worker_options(cfg):
-    """What every DataLoader here is given: how many workers, and how they start."""
-    # Forked workers share the names of millions of images. Python 3.14 would start them afresh and
-    # give each a copy, as must be where forking is not safe (macOS, Windows).
-    fork = cfg.data.workers > 0 and sys.platform == "linux"
-    return {
-        "num_workers": cfg.data.workers,
-        "multiprocessing_context": "fork" if fork else None,
-        "pin_memory": torch.cuda.is_available() and cfg.device != "cpu",
-        "worker_init_fn": start_worker,
-        # Without a generator of its own, the DataLoader would draw from the global one, and a
-        # resumed run would no longer be equal bit for bit.
-        "generator": torch.Generator(),
-    }
-
-
-def one_line_errors(batches):
-    """An error in a worker arrives with the worker's traceback as its text: keep the last line."""
-    message = ""
-    try:
-        yield from batches
-    except UserError as error:
-        message = str(error).strip().splitlines()[-1].removeprefix("config.UserError: ")
-        error.__traceback__ = None  # it would keep the DataLoader, and so the workers, alive
-    if message:
-        raise UserError(message)

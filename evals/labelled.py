@@ -18,7 +18,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 import augment
 import data
@@ -26,7 +25,7 @@ from config import UserError
 from evals import frozen
 from images import evaluation
 from images.held_out import UNKNOWN, Part, divide
-from images.sources import Files, open_source, read_or_next
+from images.sources import Files, by_workers, open_source, read_or_next
 
 SCALE, RATIO, FLIP = (0.08, 1.0), (3 / 4, 4 / 3), 0.5  # of the official random crops for a probe
 
@@ -151,11 +150,8 @@ def augmented_batches(source, rows, cfg, iterations, batch, device, seed=0, rank
 
     The official augmentation of a probe: crops of 8 to 100 % of the area, and flips.
     """
-    batches = DataLoader(
-        RandomCrops(source, rows.tolist(), cfg.crops.global_size, seed),
-        batch_sampler=list(positions(iterations, batch, rank, world)),
-        **data.worker_options(cfg),
-    )
-    for image_BCSS, row_B in data.one_line_errors(batches):
+    crops = RandomCrops(source, rows.tolist(), cfg.crops.global_size, seed)
+    order = list(positions(iterations, batch, rank, world))
+    for image_BCSS, row_B in by_workers(crops, cfg, batch_sampler=order):
         image_BCSS = image_BCSS.to(device, non_blocking=True)
         yield evaluation.normalised(image_BCSS, cfg.data.mean, cfg.data.std), row_B

@@ -25,14 +25,13 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 from PIL import Image
-from torch.utils.data import DataLoader
 
 import config
 from config import UserError, replace_text
-from data import Order, most_damaged, worker_options
+from data import Order, most_damaged
 from images.evaluation import resize
 from images.reader import reason
-from images.sources import counts, open_source
+from images.sources import by_workers, counts, open_source
 from parallel import progress, warn
 
 OPTIONS = {"limit": 0, "to": "", "short": 0, "per_shard": 10_000}
@@ -57,8 +56,8 @@ def parse(argv):
 
 def in_workers(task, numbers, cfg, what):
     """task(i) for each number, in order, worked out by the data workers, with a bar."""
-    results = DataLoader(numbers, batch_size=None, collate_fn=task, **worker_options(cfg))
-    return progress(results, desc=what, unit=" images")
+    results = by_workers(numbers, cfg, batch_size=None, collate_fn=task)
+    return progress(results, desc=what, total=len(numbers), unit=" images")
 
 
 # ---- index --------------------------------------------------------------------------------------

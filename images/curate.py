@@ -36,14 +36,12 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch.utils.data import DataLoader
 
 from config import UserError, replace_text, report_errors, take_options, writing
-from data import worker_options
 from evals.cache import cached_features
 from images.copies import S, components, near_copies, neighbours
 from images.evaluation import centre_crop, normalised, resize
-from images.sources import Files, open_source
+from images.sources import Files, by_workers, open_source
 from parallel import pick_device, progress
 from pictures import sheets
 from weights.load import load_backbone
@@ -97,10 +95,10 @@ class Pictures:
 @torch.no_grad()
 def embed(backbone, source, cfg, device, what, keep):
     """Features (N, D), all zeros where an image is damaged, and thumbnails (N, S, S, C)."""
-    options, N = worker_options(cfg), len(source)
-    batches, parts = DataLoader(Pictures(source, cfg), 128, sampler=range(N), **options), []
     backbone.to(device)
-    for crop_BCSS, thumb, readable_B in progress(batches, desc=what):
+    N, parts = len(source), []
+    batches = by_workers(Pictures(source, cfg), cfg, batch_size=128, sampler=range(N))
+    for crop_BCSS, thumb, readable_B in progress(batches, total=-(-N // 128), desc=what):
         f = backbone.forward_features(crop_BCSS.to(device))
         both = f["x_norm_clstoken"], f["x_norm_patchtokens"].mean(dim=1)
         feature_BD = F.normalize(torch.cat([F.normalize(x, dim=1) for x in both], dim=1), dim=1)

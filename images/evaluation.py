@@ -8,12 +8,10 @@ Shapes:  B images of a batch   C channels   S side of a crop
 import numpy as np
 import torch
 from PIL import Image
-from torch.utils.data import DataLoader
 
 from config import UserError
-from data import one_line_errors, worker_options
 from images.held_out import LabelError, pair, some
-from images.sources import open_source, read_or_next, split_folder
+from images.sources import by_workers, open_source, read_or_next, split_folder
 from parallel import warn_once
 
 DAMAGED = -2  # in place of the label of an image that cannot be read (one without a class has -1)
@@ -101,8 +99,7 @@ class Evaluation:
 def evaluation_batches(source, cfg, batch=256, device="cpu", rank=0, world=1):
     """Iterator of (normalised images (B, C, size, size) on `device`, labels (B,) on the CPU)."""
     images = Evaluation(source, cfg.crops.global_size, rank, world)
-    batches = DataLoader(images, batch_size=batch, **worker_options(cfg))
-    for image_BCSS, label_B in one_line_errors(batches):
+    for image_BCSS, label_B in by_workers(images, cfg, batch_size=batch):
         image_BCSS = image_BCSS.to(device, non_blocking=True)
         yield normalised(image_BCSS, cfg.data.mean, cfg.data.std), label_B
 

@@ -23,9 +23,13 @@ import functools
 import glob
 import os
 import re
+import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
+import torch
+from torch.utils.data import DataLoader
 
 from config import UserError
 from images.reader import other_channels, plain, read_image, reason
@@ -231,3 +235,46 @@ def open_source(root, cfg, split="train", key="data.root"):
                 "divide them, or set augment.jitter=0 and augment.solarize=[0,0,0]"
             )
     return source
+
+
+# ---- worker processes that read them -------------------------------------------------------------
+
+# More workers than cores are no mistake where images come over a network: they wait side by side.
+warnings.filterwarnings("ignore", message="This DataLoader will create")
+
+
+def start_worker(_):
+    # Ctrl-C and `timeout` signal a whole process group. The training process saves and then ends
+    # its workers; in a group of their own, they do not die before it under its hands.
+    if hasattr(os, "setpgrp"):
+        os.setpgrp()
+
+
+def by_workers(dataset, cfg, **options):
+    """Iterator over what a DataLoader of these options gives, read by cfg.data.workers processes.
+
+    Raises a UserError of a worker as if it were our own.
+    """
+    # Forked workers share the names of millions of images. Python 3.14 would start them afresh and
+    # give each a copy, as must be where forking is not safe (macOS, Windows).
+    fork = cfg.data.workers > 0 and sys.platform == "linux"
+    batches = DataLoader(
+        dataset,
+        num_workers=cfg.data.workers,
+        multiprocessing_context="fork" if fork else None,
+        pin_memory=torch.cuda.is_available() and cfg.device != "cpu",
+        worker_init_fn=start_worker,
+        # Without a generator of its own, the DataLoader would draw from the global one, and a
+        # resumed run would no longer be equal bit for bit.
+        generator=torch.Generator(),
+        **options,
+    )
+    message = ""
+    try:
+        yield from batches
+    except UserError as error:
+        # It arrives with the worker's traceback as its text, of which the last line is our own.
+        message = str(error).strip().splitlines()[-1].removeprefix("config.UserError: ")
+        error.__traceback__ = None  # it would keep the DataLoader, and so the workers, alive
+    if message:
+        raise UserError(message)

@@ -285,7 +285,7 @@ def test_augmentation_starts_from_a_jpeg_of_the_stated_size():
         (["augment", str(TINY), "lightly"], "lightly: has nothing to compare with augment"),
         (["step", str(TINY), "attention=varlen"], "attention=varlen has no kernel for cpu"),
         (["gpu", "--form"], "gpu: --form is unknown; use --official PATH, --to FOLDER or tiny"),
-        (["step", "no_such.yaml"], "no_such.yaml: no such config file"),
+        (["step", "no_such.yaml"], "no_such.yaml: cannot be read (No such file"),
         (["step", str(TINY), "--to", "/dev/null/x"], "--to /dev/null/x: cannot be written"),
     ],
 )

@@ -107,7 +107,7 @@ def test_text_in_the_file_must_be_text(tmp_path):
 @pytest.mark.parametrize(
     "text, part",
     [
-        ("optim: fast", "optim is a section, set one of its keys, such as optim.lr"),
+        ("optim: fast", "optim must be a section with keys such as optim.lr, got fast"),
         ("- steps", "expected lines like `steps: 100`, got [steps]"),
         ("a: [1, 2", "line 1: not valid yaml"),
         ("steps: {a: 1}", "steps must be a whole number, got {a: 1}"),
@@ -125,7 +125,7 @@ def test_a_file_of_the_wrong_form_is_named_with_the_reason(tmp_path, text, part)
         ("--steps=3", "keys have no dashes"),
         ("steps", "write key=value"),
         ("=3", "write key=value"),
-        ("optim=3", "optim is a section"),
+        ("optim=3", "optim must be a section"),
     ],
 )
 def test_a_word_that_is_no_override_is_explained(tmp_path, word, part):
@@ -133,7 +133,7 @@ def test_a_word_that_is_no_override_is_explained(tmp_path, word, part):
 
 
 def test_a_missing_file_or_a_folder_gets_one_line(tmp_path):
-    with pytest.raises(UserError, match="no such config file"):
+    with pytest.raises(UserError, match="No such file or directory"):
         load(tmp_path / "none.yaml")
     with pytest.raises(UserError, match="cannot be read"):
         load(tmp_path)
@@ -211,7 +211,8 @@ def test_a_user_error_is_one_line_on_stderr_and_exit_code_2():
     assert (done.returncode, done.stdout, done.stderr) == (
         2,
         "",
-        "error: no such file: no such config file; config.yaml is the default one\n",
+        "error: no such file: cannot be read (No such file or directory); config.yaml is the "
+        "default one\n",
     )
 
 
