@@ -35,13 +35,14 @@ from images.sources import by_workers, counts, open_source
 from parallel import progress, warn
 
 OPTIONS = {"limit": 0, "to": "", "short": 0, "per_shard": 10_000}
+LEAST = {"limit": 0, "short": 0, "per_shard": 1}
 SHOWN = 10  # damaged images that are named here; all are in a file if one is asked for
 
 
 def parse(argv):
     """(config, options) from SOURCE and key=value words."""
     source = argv[0]
-    options, overrides = config.take_options(argv[1:], OPTIONS)
+    options, overrides = config.take_options(argv[1:], OPTIONS, LEAST)
     if source.endswith((".yaml", ".yml")):
         return config.load(source, overrides), options
     cfg = config.Config(batch=8)
@@ -86,15 +87,16 @@ def print_left_out(source):
 
 
 def measure(source, i):
-    """(shorter side, kind of values, mean, mean square) of one image; one line if it is damaged."""
+    """(shorter side, kind of values, mean, variance) of one image; one line if it is damaged."""
     try:
         image = source.read(i)
     except Exception as error:
         return f"{source.name(i)}: {reason(error)}"
     values = resize(image, *image.shape[:2])  # as it is; more than 8 bits become 0..1
     values = values.reshape(-1, values.shape[2]) / (255 if values.dtype == np.uint8 else 1)
-    mean, square = values.mean(0, np.float64), np.square(values).mean(0, np.float64)
-    return min(image.shape[:2]), str(image.dtype), mean, square
+    mean = values.mean(0, np.float64)
+    variance = np.square(values - np.float32(mean)).mean(0, np.float64)
+    return min(image.shape[:2]), str(image.dtype), mean, variance
 
 
 def show_stats(cfg, options):
@@ -109,9 +111,11 @@ def show_stats(cfg, options):
     print(f"images    {n:,}, {', '.join(f'{count:,} {kind}' for kind, count in kinds.items())}")
     print_left_out(source)
     if good:
-        sides, _, means, squares = zip(*good, strict=True)
-        mean = np.mean(means, axis=0)
-        std = np.sqrt(np.maximum(np.mean(squares, axis=0) - mean**2, 0))
+        sides, _, means, variances = zip(*good, strict=True)
+        mean, std = (
+            np.mean(means, axis=0),
+            np.sqrt(np.mean(variances, axis=0) + np.var(means, axis=0)),
+        )
         low, middle, high = np.quantile(sides, (0, 0.5, 1)).astype(int)
         print(f"size      shorter side {low} to {high} px, median {middle}")
         print(f"channels  data.channels={len(mean)}")
@@ -132,7 +136,6 @@ def show_stats(cfg, options):
 
 
 def show_pack(cfg, options):
-    """`python -m images pack`: write a source as tar shards; goes on where it was interrupted."""
     if not options.to:
         raise UserError("pack: where to? give a folder, as in to=/data/shards")
     source, folder = open_source(cfg.data.root, cfg), Path(options.to)
@@ -142,10 +145,7 @@ def show_pack(cfg, options):
     with config.writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         if any(folder.iterdir()) and not (plan_file.exists() and plan_file.read_text() == plan):
-            raise UserError(
-                f"{folder}: holds other things, or what was packed otherwise (pack.json); choose "
-                "another folder"
-            )
+            raise UserError(f"{folder}: holds other things, or shards of other options (pack.json)")
         replace_text(plan_file, plan)
         if source.classes:
             replace_text(folder / "classes.txt", "".join(f"{name}\n" for name in source.classes))
@@ -155,7 +155,7 @@ def show_pack(cfg, options):
 
 
 def pack(source, folder, short, per_shard, cfg):
-    """Write what is missing of the shards, without damaged images.
+    """Write the shards that are not there yet, without damaged images.
 
     Image i goes to shard i // per_shard, in order: training on the shards sees the same images
     in the same order as training on the source.
@@ -164,28 +164,21 @@ def pack(source, folder, short, per_shard, cfg):
         path = folder / f"{start // per_shard:06d}.tar"
         if path.exists():
             continue
-        aside = path.with_suffix(".part")
         numbers = range(start, min(start + per_shard, len(source)))
-        members = in_workers(partial(member, source, short), numbers, cfg, path.name)
-        with tarfile.open(aside, "w") as tar:
-            for i, (name, data) in zip(numbers, members, strict=True):
-                if data is None:
-                    warn(f"left out, damaged: {name}")
+        with tarfile.open(path.with_suffix(".part"), "w") as tar:
+            for found in in_workers(partial(sample, source, short), numbers, cfg, path.name):
+                if isinstance(found, str):
+                    warn(f"left out, damaged: {found}")
                     continue
-                add(tar, name, data)
-                if source.label(i) >= 0:
-                    add(tar, f"{name.rpartition('.')[0]}.cls", str(source.label(i)).encode())
-        os.replace(aside, path)
+                for name, data in found:
+                    info = tarfile.TarInfo(name)
+                    info.size = len(data)
+                    tar.addfile(info, io.BytesIO(data))
+        os.replace(path.with_suffix(".part"), path)
 
 
-def add(tar, name, data):
-    info = tarfile.TarInfo(name)
-    info.size = len(data)
-    tar.addfile(info, io.BytesIO(data))
-
-
-def member(source, short, i):
-    """(name in the shard, bytes) of one image; (its name and what is wrong, None) if damaged."""
+def sample(source, short, i):
+    """[(name in the shard, bytes)] of an image and its class; one line if it is damaged."""
     path = PurePosixPath(source.name(i))
     ending = path.suffix.lower()
     folders = [part for part in path.parts[:-1] if part not in ("/", "..")]
@@ -195,30 +188,37 @@ def member(source, short, i):
         data = source.data(i)
         image = source.read(i) if short or data is None else None
     except Exception as error:
-        return f"{path}: {reason(error)}", None
-    if data is not None and (not short or min(image.shape[:2]) <= short):
-        return key + ending, data
+        return f"{path}: {reason(error)}"
+    large = short and min(image.shape[:2]) > short
+    if large or data is None:
+        image = shrunk(image, short) if large else image
+        ending, data = encode(image, jpeg=ending in (".jpg", ".jpeg", ".jfif"))
+    label = [(f"{key}.cls", str(source.label(i)).encode())] if source.label(i) >= 0 else []
+    return [(key + ending, data), *label]
+
+
+def shrunk(image, short):
+    """A larger image with a shorter side of `short`, of the same kind of values."""
     height, width = image.shape[:2]
-    if short and min(height, width) > short:
-        scale, kept = short / min(height, width), image.dtype
-        image = resize(image, round(height * scale), round(width * scale))
-        if kept != image.dtype and kept.kind in "ui":  # resized in 0..1
-            image = (image.clip(-1, 1) * np.iinfo(kept).max).round().astype(kept)
-    return encode(image, key, jpeg=ending in (".jpg", ".jpeg", ".jfif"))
+    scale, kind = short / min(height, width), image.dtype
+    image = resize(image, round(height * scale), round(width * scale))
+    if kind != image.dtype and kind.kind in "ui":  # resized in 0..1
+        image = (image.clip(-1, 1) * np.iinfo(kind).max).round().astype(kind)
+    return image
 
 
-def encode(image, key, jpeg):
-    """As what it came from: a photograph stays a JPEG (quality 95), the rest loses nothing."""
+def encode(image, jpeg):
+    """(ending, bytes): a photograph stays a JPEG (quality 95), the rest loses nothing."""
     file = io.BytesIO()
     if image.dtype != np.uint8 or image.shape[2] not in (1, 3, 4):
         np.save(file, image)
-        return f"{key}.npy", file.getvalue()
+        return ".npy", file.getvalue()
     picture = Image.fromarray(image[:, :, 0] if image.shape[2] == 1 else image)
     if jpeg and image.shape[2] != 4:
         picture.save(file, "JPEG", quality=95)
-        return f"{key}.jpg", file.getvalue()
+        return ".jpg", file.getvalue()
     picture.save(file, "PNG")
-    return f"{key}.png", file.getvalue()
+    return ".png", file.getvalue()
 
 
 # ---- show ---------------------------------------------------------------------------------------

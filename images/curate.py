@@ -180,16 +180,14 @@ def draw_sheet(pool, fate, path, columns=12):
 
 def parse(argv):
     """The options, checked, from POOL and key=value words."""
-    o, unknown = take_options(argv[1:], OPTIONS)
+    o, unknown = take_options(argv[1:], OPTIONS, {"keep": 1, "neighbours": 1, "likeness": 0})
     if unknown:
         raise UserError(f"{unknown[0]}: unknown; write key=value with one of {', '.join(OPTIONS)}")
     o.pool = argv[0]
     for key in ("backbone", "out"):
         if not getattr(o, key):
             raise UserError(f"{key}= is missing: write images.curate POOL backbone=RUN out=FOLDER")
-    if min(o.keep, o.neighbours) < 1:
-        raise UserError("keep and neighbours must be at least 1")
-    if not 0 <= o.likeness <= 1:
+    if o.likeness > 1:
         raise UserError(f"likeness={o.likeness} must be from 0 to 1")
     return o
 
@@ -241,7 +239,7 @@ def report(pool, fate, o, curated):
         COPY: f"cosine above {o.threshold}, likeness above {o.likeness}; one of each group stays",
         SEEN: f"near-copies of {o.against}" if o.against else "no evaluation set was given",
         REJECTED: "not among the neighbours of curated images",
-        DAMAGED: "could not be read",
+        DAMAGED: f"could not be read; python -m images stats {o.pool} says why",
     }
     counts = Counter(f.kind for f in fate)
     result = {"pool": len(fate), **{kind: counts[kind] for kind in reasons}, "options": vars(o)}

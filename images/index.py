@@ -225,7 +225,7 @@ def index_shards(paths):
                 classes_of.append(label)
                 slices.append((number, *place))
         # A change within the resolution of a clock goes unnoticed: what is fresh is not kept.
-        settled = all(changed < (before - 2) * 1e9 for changed, _ in stamps(paths))
+        settled = all(changed < before - 2 for changed, _ in stamps(paths))
         if settled and len(names) > MANY:
             with contextlib.suppress(OSError):  # no room: the next start takes as long
                 CACHE.mkdir(parents=True, exist_ok=True)
@@ -236,14 +236,8 @@ def index_shards(paths):
 
 def stamps(paths):
     """Time of change and size of each file; zeros for one that is not there."""
-    found = []
-    for path in paths:
-        try:
-            status = os.stat(path)
-            found.append([status.st_mtime_ns, status.st_size])
-        except OSError:
-            found.append([0, 0])
-    return found
+    about = os.path.getmtime, os.path.getsize
+    return [[f(p) for f in about] if os.path.exists(p) else [0, 0] for p in paths]
 
 
 def with_class_names(index, path):

@@ -177,6 +177,16 @@ def test_stats_are_those_of_numpy(photos, tmp_path, capsys):
     assert (tmp_path / "damaged.txt").read_text().startswith("dog/999.jpg: not a picture")
 
 
+def test_stats_are_exact_where_values_lie_far_from_zero(tmp_path, capsys):
+    values = (
+        np.random.default_rng(0).random((4, 9, 8, 1)).astype(np.float32) + 5000
+    )  # such as metres
+    np.save(tmp_path / "x.npy", values)
+    run("stats", tmp_path / "x.npy", "data.channels=1")
+    said = capsys.readouterr().out
+    assert f"data.std=[{values.std(dtype=np.float64):.4f}]" in said  # 0.29
+
+
 def test_stats_name_the_damaged_images_and_write_only_what_is_asked_for(
     photos, tmp_path, capsys, monkeypatch
 ):
@@ -249,6 +259,7 @@ def test_names_in_any_encoding_are_printed(photos):
         ("index /no/such/folder", "/no/such/folder: no such folder or file"),
         ("look .", "unknown command look: use one of index, stats, pack, show"),
         ("pack synthetic", "pack: where to?"),
+        ("pack synthetic to=x per_shard=0", "per_shard=0 must be at least 1"),
         ("stats synthetic limit=many", "limit must be a whole number"),
         ("stats synthetic data.chanels=3", "did you mean data.channels"),
     ],
