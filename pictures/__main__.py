@@ -107,8 +107,8 @@ def attention(run, files, o, path):
     network = Network(run, o)
     rows, depth, heads = [], network.net.depth, network.net.blocks[0].attn.heads
     block = o.layer % depth
-    columns = heads + 2 if heads <= 12 else (heads + 3) // 2  # with the image and the mean
-    side = min(max(1300 // columns, 140), 260)
+    columns = heads + 2 if heads <= 8 else (heads + 3) // 2  # with the image and the mean
+    side = min(max(1300 // columns, 170), 260)  # the words need 170
     for file in progress(files, desc="attention", unit=" images"):
         image = network.read(file)
         maps = attention_maps(network.net, image, *network.norm, block, o.size, o.shifts)

@@ -83,19 +83,20 @@ def before_and_after(trained, sources, source, cfg, path, most=MOST, count=5):
     """Neighbours of some held-out images, before and after training, as a picture.
 
     sources  (images to search, held-out ones), or None without labels: then some images of `source`
-             ask for their neighbours among the others
+             ask for their neighbours among the others, or if there are few, among all
     most     search so many images, drawn at random; 0: all
     """
     pool, test = sources or (source, source)
     asking = spread(test, 6)
-    places = random.Random(0).sample(range(len(pool)), min(most or len(pool), len(pool)))
-    places = sorted(set(places) - set([] if sources else asking)) or asking
+    places = set(random.Random(0).sample(range(len(pool)), min(most or len(pool), len(pool))))
+    if not sources and len(places) > 2 * len(asking):
+        places -= set(asking)
     green = ";  green: of the query's class" if len(test.classes) > 1 else ""
     networks = {
         "nearest of {n} images, by the untrained network": untrained(trained, cfg.seed),
         f"by the trained network{green}": trained,
     }
-    return draw(networks, Part(test, asking), Part(pool, places), cfg, path, count)
+    return draw(networks, Part(test, asking), Part(pool, sorted(places)), cfg, path, count)
 
 
 def spread(source, count):

@@ -192,6 +192,15 @@ def test_a_damaged_image_is_nobodys_neighbour_and_asks_for_none(place, monkeypat
     assert 2 not in [i for pairs in found for _, i in pairs]
 
 
+def test_few_images_with_a_damaged_one_among_them_have_neighbours(draw, place):
+    (place / "few").mkdir()
+    for name in ("1.jpg", "3.jpg"):
+        (place / "few" / name).write_bytes((place / "a.jpg").read_bytes())
+    (place / "few" / "2.jpg").write_text("no picture")
+    draw("neighbours", "run", f"data={place / 'few'}", "out=n.png")
+    assert Image.open("n.png").size[0] == 6 + 110 + 2 * (18 + 2 * 110)  # two, by two networks
+
+
 def test_images_of_five_channels_are_drawn(draw):
     for command in ("pca", "attention"):
         draw(command, "five", "five.npy", "shifts=1", "out=five.png")
