@@ -1,10 +1,5 @@
 """Which place of one image is which of another: nearest patches, keypoints, and how often right.
 
-    pairs = mutual_nearest(a, b)                   patches that are each other's nearest
-    field = nearest(b, a)                          dense: for every patch of b its nearest in a
-    found = transfer(points, a, b, size_a, size_b) where points of image a lie in image b
-    share = pck(found, truth, alpha, extent)       how many were found, as SPair-71k counts it
-
 Shapes:  H W rows and columns of a feature map   D channels of a feature   K pairs, or points
 Points are (x, y) in pixels from the upper left corner of the image; sizes are (width, height).
 """
@@ -97,13 +92,15 @@ def read_points(path, sizes):
         given = json.loads(Path(path).read_text(encoding="utf-8"))
         a = torch.tensor(given.get("a", []), dtype=torch.float64)
         b = torch.tensor(given["b"], dtype=torch.float64) if "b" in given else None
+        if more := given.keys() - {"a", "b"}:
+            raise ValueError(f"unknown {', '.join(more)}")
         if a.shape[1:] != (2,) or (b is not None and b.shape != a.shape):
             raise ValueError("a and b must be equally many pairs [x, y]")
         for name, points, size in zip("ab", (a, b), sizes, strict=True):
             for x, y in points.tolist() if points is not None else []:
                 if not (0 <= x <= size[0] and 0 <= y <= size[1]):
                     raise ValueError(f"({x:g}, {y:g}) of {name} lies outside its image of {size}")
-    except (OSError, ValueError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, TypeError, AttributeError, RuntimeError) as error:
         reason = getattr(error, "strerror", None) or error
         raise UserError(
             f'points={path}: {reason}; write {{"a": [[x, y], ...], "b": [[x, y], ...]}}, in pixels '

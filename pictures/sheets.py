@@ -1,8 +1,5 @@
 """Sheets of pictures with captions, drawn with Pillow alone.
 
-  bands    rows of pictures one below the other, each row under its titles
-  beside   two images side by side, to draw lines and points on
-  overlay  a map over its image;  heat: numbers as colours
 Arrays are uint8 (H, W, C); a picture of another number of channels than three shows the first
 three, or the first one as grey. Small pictures are enlarged by repeating pixels: none are invented.
 """

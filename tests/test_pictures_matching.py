@@ -99,6 +99,9 @@ def test_points_are_read_with_what_they_are_compared_with(tmp_path):
         ("a.json", '{"a": [[1, 41]]}', r"\(1, 41\) of a lies outside its image of \(40, 30\)"),
         ("a.json", '{"a": [[1, 2]], "b": [[51, 2]]}', "of b lies outside"),
         ("a.json", '{"a": [[1, "two"]]}', "write"),
+        ("a.json", '{"a": {"x": 1}}', "write"),
+        ("a.json", '{"a": [[1, 2]], "b": null}', "write"),
+        ("a.json", '{"a": [[1, 2]], "box_b": [5, 5, 9, 9]}', "unknown box_b; write"),
         ("a.csv", "x_a,y_a\n1,2\n", "write"),
     ],
 )
