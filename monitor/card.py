@@ -86,7 +86,7 @@ def notes(cfg, device):
     if cfg.optim.warmup > cfg.steps:
         yield "the lr never reaches its peak: optim.warmup is longer than the run"
     if compiles(cfg):
-        yield "the first step compiles the network, which takes up to a minute (not with compile=false)"
+        yield "the first step compiles the network, up to a minute (not with compile=false)"
 
 
 def device_name(device):

@@ -42,10 +42,6 @@ class Reporter:
         self.met, self.warned, self.writers = [], set(), []
         self.waited, self.last = 0.0, (start, time.time())
         lines = self.earlier_lines(start)
-        # Of an interrupted run: what is known already.
-        self.bad = {line["skipped"] for line in lines if "skipped" in line}
-        self.seconds_before = max((line.get("seconds", 0.0) for line in lines), default=0.0)
-        self.floors = {k: line[k] for line in lines for k in FLOORS if k in line}
         if self.rank == 0:
             self.open_folder(lines, start)
             print(start_card(cfg, source, held_out, student, device, start), flush=True)
@@ -58,14 +54,18 @@ class Reporter:
             self.rows += [tqdm(bar_format="{desc}") for _ in range(2)]
 
     def earlier_lines(self, start):
-        """The log up to the checkpoint, of which it may be ahead.
+        """The log up to the checkpoint, of which it may be ahead; remembers some of it.
 
         k-NN evaluations and damaged images carry the number of the step that follows them.
         """
+        lines = []
         with contextlib.suppress(UserError):  # no log yet, or a kill before its first line was out
             lines = read_log(self.out)
-            return [n for n in lines if n["step"] < start or (n["step"] == start and "loss" in n)]
-        return []
+        lines = [n for n in lines if n["step"] < start or (n["step"] == start and "loss" in n)]
+        self.bad = {line["skipped"] for line in lines if "skipped" in line}
+        self.seconds_before = max((line.get("seconds", 0.0) for line in lines), default=0.0)
+        self.floors = {k: line[k] for line in lines for k in FLOORS if k in line}
+        return lines
 
     def open_folder(self, lines, start):
         """Make the run folder, with a log of these lines."""

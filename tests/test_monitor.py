@@ -324,13 +324,15 @@ def test_a_continued_run_knows_its_floors_and_the_time_before(tmp_path, monkeypa
     lines = [{"step": 0, "knn": 3.0, "knn_random": 1.0, "knn_pixels": 2.0, "seconds": 0.5}]
     lines += [{"step": n, "loss": 1.0, "seconds": 10.0 * n} for n in (1, 2, 3)]
     (tmp_path / "log.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    reporter = silent_reporter([])
-    reporter.out, reporter.floors, reporter.seconds_before = tmp_path, {}, 0.0
+    said = []
+    reporter = silent_reporter(said)
+    reporter.out, reporter.rank, reporter.write = tmp_path, 0, lambda line: None
     assert reporter.earlier_lines(2) == lines[:3]  # step 3 is done again
-    assert reporter.to_beat() == " (untrained network 1.0 %, raw pixels 2.0 %)"
     reporter.began = 100.0
     monkeypatch.setattr(report.time, "time", lambda: 107.0)
     assert reporter.seconds() == 27.0
+    reporter.evaluation(2, {"knn": 4.0})
+    assert said[0].endswith("4.0 % of held-out images (untrained network 1.0 %, raw pixels 2.0 %)")
 
 
 HEALTHY = dict(zip(HEALTH, [5.0, 0.5, 0.8, 100.0], strict=True))
