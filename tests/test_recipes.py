@@ -4,6 +4,7 @@ Run: pytest tests/test_recipes.py
 """
 
 import re
+import sys
 
 import pytest
 import torch
@@ -12,6 +13,9 @@ from running import ROOT
 import config
 from dinov2 import build_network
 from optim import schedules
+
+sys.path.insert(0, str(ROOT / "scripts"))
+import recipes
 
 RECIPES = ["config", "configs/cifar10", "configs/cifar10_gpu"]
 RECIPES += ["configs/imagenette", "configs/imagenette_gpu"]
@@ -71,3 +75,17 @@ def test_warm_up_and_frozen_prototypes_are_a_small_part_of_the_run(name):
     assert 0.02 <= cfg.optim.warmup / cfg.steps <= 0.2
     assert cfg.optim.freeze_last_layer < cfg.optim.warmup
     assert cfg.teacher.temp_warmup < cfg.steps / 2
+
+
+def test_the_table_of_tries_is_that_of_the_results():
+    assert recipes.table(recipes.results()) in recipes.PAGE.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("words", recipes.TRIES)
+def test_a_try_is_a_config(words):
+    words = f"{recipes.BASE} {recipes.QUIET} {words}".split()
+    assert config.load(ROOT / "config.yaml", words).precision == "fp32"
+
+
+def test_every_result_belongs_to_a_try():
+    assert {result["words"] for result in recipes.results()} <= set(recipes.TRIES)

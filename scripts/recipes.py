@@ -1,0 +1,111 @@
+"""One lever at a time on the default run: what helps a short run to learn, and what does not.
+
+    python scripts/recipes.py run [JOBS]     train what docs/recipes.jsonl lacks, so many at a time
+    python scripts/recipes.py draw           the table in docs/recipes.md
+
+Every try is `train.py config.yaml` with the words of BASE and its own; each is one line of json.
+"""
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from tqdm import tqdm
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS, PAGE = ROOT / "docs" / "recipes.jsonl", ROOT / "docs" / "recipes.md"
+SEEDS = (0, 1)
+BASE = "steps=450 optim.lr=8e-3 optim.warmup=45 optim.freeze_last_layer=10 precision=fp32"
+QUIET = "log.pictures=false log.knn_every=0 log.save_every=10000 log.every=50"
+TRIES = [
+    "",
+    "optim.lr=3e-3 optim.warmup=60",
+    "optim.lr=4e-3 optim.warmup=90",
+    "optim.lr=4e-3 optim.warmup=90 head.prototypes=128",
+    "optim.lr=6e-3",
+    "optim.lr=6e-3 optim.warmup=90",
+    "optim.lr=1.2e-2",
+    "optim.warmup=20",
+    "optim.min_lr=1e-4",
+    "optim.weight_decay=0.02 optim.weight_decay_end=0.02",
+    "batch=48 steps=600 optim.warmup=60",
+    "batch=32 steps=900 optim.warmup=90",
+    "teacher.momentum=0.97",
+    "teacher.momentum=0.99",
+    "teacher.momentum=0.95 teacher.momentum_end=0.995",
+    "teacher.temp=0.04 teacher.temp_start=0.04",
+    "loss.student_temp=0.07",
+    "loss.koleo=0.05",
+    "loss.ibot=0",
+    "crops.local_count=3",
+    "crops.local_count=6",
+    "crops.local_scale=[0.15,0.4]",
+    "crops.global_scale=[0.3,1.0]",
+    "crops.global_scale=[0.25,1.0]",
+    "head.prototypes=128",
+    "head.hidden=256",
+    "vit.layerscale=1.0",
+]
+
+
+def results():
+    """What has been measured so far."""
+    lines = RESULTS.read_text(encoding="utf-8").splitlines() if RESULTS.exists() else []
+    return [json.loads(line) for line in lines]
+
+
+def run(jobs):
+    """Train what is missing; a process has its share of the cores."""
+    done = {(r["words"], r["seed"]) for r in results()}
+    todo = [(words, seed) for seed in SEEDS for words in TRIES if (words, seed) not in done]
+    threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // jobs))}
+
+    def one(words, seed):
+        with tempfile.TemporaryDirectory() as out:
+            command = [sys.executable, "train.py", "config.yaml", f"seed={seed}", f"out={out}"]
+            command += f"{BASE} {QUIET} {words}".split()
+            env = os.environ | threads
+            subprocess.run(command, cwd=ROOT, env=env, check=True, stdout=subprocess.DEVNULL)
+            said = json.loads(Path(out, "summary.json").read_text(encoding="utf-8"))
+        keys = "knn", "knn_random", "seconds", "device", "torch"
+        return {"words": words, "seed": seed} | {key: said[key] for key in keys}
+
+    with ThreadPoolExecutor(jobs) as pool:
+        for result in tqdm(pool.map(one, *zip(*todo, strict=True)), total=len(todo), unit=" runs"):
+            with open(RESULTS, "a", encoding="utf-8") as file:
+                file.write(json.dumps(result) + "\n")
+
+
+def table(found):
+    """The tries as a markdown table, the best first."""
+    by_words = {}
+    for result in sorted(found, key=lambda r: r["seed"]):
+        by_words.setdefault(result["words"], []).append(result["knn"])
+    base = statistics.mean(by_words[""])
+    lines = ["| changed against the base | k-NN of each seed | mean | |", "|---|---|---|---|"]
+    for words, knn in sorted(by_words.items(), key=lambda item: -statistics.mean(item[1])):
+        mean, each = statistics.mean(knn), ", ".join(f"{value:.1f}" for value in knn)
+        name = f"`{words}`" if words else "the base"
+        lines.append(f"| {name} | {each} | {mean:.1f} | {mean - base:+.1f} |")
+    return "\n".join(lines)
+
+
+def draw():
+    """Write the table between its marks in the page."""
+    before, begin, rest = PAGE.read_text(encoding="utf-8").partition("<!-- table -->\n")
+    _, end, after = rest.partition("\n<!-- end -->")
+    PAGE.write_text(before + begin + table(results()) + end + after, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["run"]:
+        run(int(sys.argv[2]) if sys.argv[2:] else 1)
+    elif sys.argv[1:] == ["draw"]:
+        draw()
+    else:
+        sys.exit(__doc__)
