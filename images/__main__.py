@@ -31,7 +31,7 @@ from config import UserError, replace_text
 from data import Order, most_damaged
 from images.evaluation import resize
 from images.reader import reason
-from images.sources import by_workers, counts, open_source
+from images.sources import by_workers, counts, open_source, split_folder
 from parallel import progress, warn
 
 OPTIONS = {"limit": 0, "to": "", "short": 0, "per_shard": 10_000}
@@ -66,7 +66,7 @@ def in_workers(task, numbers, cfg, what):
 
 def show_index(cfg, options):
     source = open_source(cfg.data.root, cfg)
-    print(f"{len(source):,} images in {cfg.data.root}")
+    print(f"{len(source):,} images in {split_folder(cfg.data.root, 'train')}")
     print_left_out(source)
     none, *count = np.bincount(np.asarray(source.labels) + 1, minlength=len(source.classes) + 1)
     if not count:

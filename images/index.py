@@ -14,6 +14,7 @@ import csv
 import hashlib
 import json
 import os
+import re
 import tarfile
 import time
 import zipfile
@@ -135,7 +136,8 @@ def index_list(path):
     utf16 = data.startswith((b"\xff\xfe", b"\xfe\xff"))  # "Unicode text" of Windows
     if not utf16 and b"\0" in data:
         raise UserError(f"{path}: not a list in plain text; save it as UTF-8")
-    lines = data.decode("utf-16" if utf16 else "utf-8-sig", "surrogateescape").splitlines()
+    text = data.decode("utf-16" if utf16 else "utf-8-sig", "surrogateescape")
+    lines = re.split("\r\n?|\n", text)  # splitlines() cuts at other letters too
     rows = csv.reader(lines, delimiter=separator) if separator else ([line] for line in lines)
     names, classes_of, class_of, columns = [], [], {}, (0, 1)
     for number, row in enumerate(rows, 1):

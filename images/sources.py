@@ -167,6 +167,11 @@ def open_files(root, cfg, key):
         if shards and len(shards) >= (strays := len(index.ends)):
             index = index_shards(shards)
             index.left_out.update({"pictures beside shards": strays} if strays else {})
+            words = {word for path in shards for word in re.split("[^a-z]+", path.stem.lower())}
+            if "train" in words and words & {"val", "validation", "test"}:
+                warn(
+                    f"{root}: shards of several splits, all are used; name some: {root}/*train*.tar"
+                )
     elif shards := expand(root):
         index = index_shards(shards)
     elif path.is_file() and path.suffix.lower() in LISTS:

@@ -124,6 +124,7 @@ def test_unreadable_folders_are_left_out_with_a_warning(tmp_path, capsys):
     ("name", "text", "classes", "labels"),
     [
         ("list.txt", "a.jpg\n\nsub/b c.jpg\n", [], [-1, -1]),
+        ("list.csv", "a.jpg,c\u2028t\rsub/b c.jpg,dog", ["c\u2028t", "dog"], [0, 1]),
         ("list.csv", 'a.jpg,cat\n"sub/b c.jpg",dog\n', ["cat", "dog"], [0, 1]),
         ("list.csv", "label,size,path\n,3,a.jpg\ndog,4,sub/b c.jpg\n", ["dog"], [-1, 0]),
         ("list.tsv", "path\tlabel\na.jpg\t10\nsub/b c.jpg\t9\n", ["9", "10"], [1, 0]),
@@ -133,7 +134,7 @@ def test_unreadable_folders_are_left_out_with_a_warning(tmp_path, capsys):
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
 def test_lists_give_paths_and_labels(tmp_path, name, text, classes, labels, encoding):
     touch(tmp_path, "a.jpg", "sub/b c.jpg")
-    (tmp_path / name).write_text(text, encoding)
+    (tmp_path / name).write_bytes(text.encode(encoding))
     found = index_list(tmp_path / name)
     assert names_of(found) == ["a.jpg", "sub/b c.jpg"]
     assert found.classes == classes and found.labels.tolist() == labels

@@ -94,6 +94,16 @@ def test_a_stray_tar_hides_no_pictures_and_a_stray_picture_no_shards(tmp_path):
     assert len(source) == 12 and source.left_out == {".tar": 3, "pictures beside shards": 1}
 
 
+def test_shards_of_several_splits_in_one_folder_are_told(tmp_path, capsys):
+    photos = small_folder(tmp_path / "photos", "1.png")
+    for name in ("my-train-0", "my-train-1", "my-val-0"):
+        write_tar(tmp_path / f"{name}.tar", photos)
+    assert len(open_source(tmp_path / "my-train-*.tar", Config())) == 2
+    assert not capsys.readouterr().err
+    open_source(tmp_path, Config())
+    assert "shards of several splits, all are used" in capsys.readouterr().err
+
+
 def test_braces_name_a_row_of_shards(tmp_path):
     small_folder(tmp_path / "photos", "1.png")
     for i in (8, 9, 10):

@@ -241,6 +241,10 @@ def test_index_and_show_say_what_is_there(photos, tmp_path, capsys):
     said = capsys.readouterr().out
     assert "24 images in" in said and "2 classes of 12 to 12 images: cat 12, dog 12" in said
     assert "left out: 1 .mov\n" in said and "every image has a class" in said
+    (tmp_path / "all" / "val").mkdir(parents=True)
+    (tmp_path / "all" / "train").symlink_to(photos)
+    run("index", tmp_path / "all")
+    assert f"24 images in {tmp_path / 'all' / 'train'}\n" in capsys.readouterr().out
     run("show", photos, f"to={tmp_path / 'crops.png'}")
     assert Image.open(tmp_path / "crops.png").width > 500
 
