@@ -88,9 +88,8 @@ class Dataset:
         rng = random.Random(f"{self.cfg.seed} crops {position}")
         crops, colour = augment.crops(image, rng, self.cfg)
         large, size = torch.stack(crops[:2]), self.cfg.crops.local_size
-        small = (
-            torch.stack(crops[2:]) if crops[2:] else large.new_empty(0, large.shape[1], size, size)
-        )
+        none = large.new_empty(0, large.shape[1], size, size)  # there may be no small crops
+        small = torch.cat([none, *(crop[None] for crop in crops[2:])])
         return Sample(position, large, small, colour, skipped)
 
 
@@ -101,10 +100,8 @@ def collate(samples, cfg, rank=0, world=1):
     # The masks of the whole step are drawn, of which each rank keeps its rows: the mask ratios are
     # spread evenly over all crops of the step, as if one process did it all.
     rng = random.Random(f"{cfg.seed} masks {positions[0] // cfg.batch}")
-    grid = cfg.crops.global_size // cfg.vit.patch
-    masks = augment.batch_masks(
-        2 * cfg.batch, grid, grid, cfg.mask.probability, cfg.mask.ratio, rng
-    )
+    grid, m = cfg.crops.global_size // cfg.vit.patch, cfg.mask
+    masks = augment.batch_masks(2 * cfg.batch, grid, grid, m.probability, m.ratio, rng)
     masks_TRBN = torch.from_numpy(masks).unflatten(0, (2, world, len(samples)))
     return Batch(
         torch.stack(global_crops, dim=1).flatten(0, 1),
@@ -143,11 +140,9 @@ def positions(cfg, start_step, rank, world):
 
 def loader(cfg, source, start_step=0, rank=0, world=1):
     """Iterator over the Batches of steps start_step, start_step + 1, ... up to cfg.steps."""
-    if len(source) < cfg.batch:
-        raise UserError(
-            f"{len(source)} images are fewer than batch={cfg.batch}: "
-            f"use batch={len(source)} or less, or more images"
-        )
+    if (n := len(source)) < cfg.batch:
+        fix = f"use batch={n} or less, or more images"
+        raise UserError(f"{n} images are fewer than batch={cfg.batch}: {fix}")
     return by_workers(
         Dataset(source, cfg),
         cfg,

@@ -173,14 +173,10 @@ def check_match(its, cfg, path, heads):
 def train_its_heads(path, its, cfg, device):
     """Train heads on the frozen backbone of a teacher without any, in out/heads; its new file."""
     if not cfg.head_steps:
-        raise UserError(
-            f"{title(path)} has no heads: set head_steps, the number of steps that first train "
-            "some on its frozen backbone"
-        )
-    print_once(
-        f"the teacher has no heads: {cfg.head_steps:,} steps train some on its frozen backbone "
-        "(our way; the official heads were never released)"
-    )
+        raise UserError(f"{title(path)} has no heads: set head_steps, the number of steps that "
+                        "first train some on its frozen backbone")  # fmt: skip
+    print_once(f"the teacher has no heads: {cfg.head_steps:,} steps train some on its frozen "
+               "backbone (our way; the official heads were never released)")  # fmt: skip
     first = copy.deepcopy(cfg)
     first.vit, first.init_from, first.distill = its.vit, str(path), config.Distill()
     train_heads(first, device)

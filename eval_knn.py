@@ -23,16 +23,8 @@ import torch.nn.functional as F
 
 import config
 from config import UserError
+from evals import frozen
 from evals.cache import cached_features
-from evals.frozen import (
-    KEYS,
-    extract,
-    labelled_images,
-    open_network,
-    tally,
-    tell_damaged,
-    untrained,
-)
 from parallel import process_group, ranks, without_tf32
 
 NEIGHBOURS = (10, 20, 100, 200)
@@ -45,7 +37,7 @@ CHUNK_M, CHUNK_N = 4096, 16384  # similarities worked out at once: 256 MB
 
 def extract_features(backbone, *more, **options):
     """(features (N, D), labels (N,)): L2-normalised [CLS] of every image; see extract."""
-    return extract(lambda x: F.normalize(backbone(x).float(), dim=1), *more, **options)
+    return frozen.extract(lambda x: F.normalize(backbone(x).float(), dim=1), *more, **options)
 
 
 class RawPixels(torch.nn.Module):
@@ -75,11 +67,9 @@ def knn_probabilities(
     on `device` (default: where the test features are), so that neither the M x N similarities nor
     all training features need to be there at once.
     """
-    largest, device = max(neighbours), device or test_MD.device
-    if largest > len(train_ND):
-        raise UserError(
-            f"k={largest} neighbours, but only {len(train_ND)} training images: lower k"
-        )
+    largest, N, device = max(neighbours), len(train_ND), device or test_MD.device
+    if largest > N:
+        raise UserError(f"k={largest} neighbours, but only {N} training images: lower k")
     votes = {k: [] for k in neighbours}
     for test_mD in test_MD.split(CHUNK_M):
         similarity_mk, label_mk = nearest(test_mD.to(device), train_ND, label_N, largest)
@@ -151,9 +141,8 @@ def draw(label_N, n, seed):
     """Rows of n random images of each class, or of all it has if these are fewer."""
     generator = torch.Generator().manual_seed(seed)
     rows = [(label_N == c).nonzero().flatten() for c in label_N.unique()]
-    return torch.cat(
-        [r[torch.randperm(len(r), generator=generator)[:n].to(r.device)] for r in rows]
-    )
+    rows = [r[torch.randperm(len(r), generator=generator)[:n].to(r.device)] for r in rows]
+    return torch.cat(rows)
 
 
 def evaluate(
@@ -169,13 +158,12 @@ def evaluate(
     Raises UserError with fewer than two classes, or if k is larger than the number of images.
     """
 
+    cache = cache if hasattr(backbone, "blocks") else ""  # pixels need more space than images
+
     def features(source, what):
         more = backbone, source, cfg, device, f"k-NN, {what} images"
-        if cache and hasattr(backbone, "blocks"):  # pixels take more space than their images
-            x_ND, label_N = cached_features(cache, extract_features, *more)
-        else:
-            x_ND, label_N = extract_features(*more)
-        tell_damaged(source, label_N)
+        x_ND, label_N = cached_features(cache, extract_features, *more)
+        frozen.tell_damaged(source, label_N)
         return x_ND[label_N >= 0], label_N[label_N >= 0]
 
     training = backbone.training
@@ -189,7 +177,7 @@ def evaluate(
         raise UserError("k-NN needs readable images of two classes, and some to test on")
     names, count = sources[0].classes, len(train[1])
     if say:
-        say(tally(count, len(test[1]), [names[c] for c in per_label.nonzero().flatten()]))
+        say(frozen.tally(count, len(test[1]), [names[c] for c in per_label.nonzero().flatten()]))
     if per_class and max(per_class) > (most := int(per_label.max())):
         raise UserError(f"per_class={max(per_class)}, but no class has more than {most} images")
     k = neighbours or [k for k in NEIGHBOURS if k <= count] or [count]
@@ -246,15 +234,15 @@ def cell(scores, name):
 
 @config.report_errors
 def main(argv):
-    run, words = config.main_arguments(argv, USAGE, KEYS)
+    run, words = config.main_arguments(argv, USAGE, frozen.KEYS)
     floors, words = "--floors" in words, [word for word in words if word != "--floors"]
     o, words = config.take_options(words, OPTIONS, {"tries": 1})
     options = {"neighbours": numbers("k", o.k), "per_class": numbers("per_class", o.per_class)}
-    backbone, cfg = open_network(run, words)
-    sources, columns = labelled_images(cfg), {}
+    backbone, cfg = frozen.open_network(run, words)
+    sources, columns = frozen.labelled_images(cfg), {}
     with process_group(cfg) as device:
         first = ranks()[0] == 0
-        networks = backbone.to(device), untrained(backbone, cfg.seed), RawPixels()
+        networks = backbone.to(device), frozen.untrained(backbone, cfg.seed), RawPixels()
         for title, network in list(zip(FLOORS, networks, strict=True))[: 3 if floors else 1]:
             options["say"] = print if first and not columns else None
             columns[title] = evaluate(

@@ -21,7 +21,12 @@ CHUNK = 4096  # images
 
 
 def cached_features(folder, extract, backbone, source, cfg, device, what, keep=None):
-    """(features, labels) of extract(backbone, source, ...), from this folder or put there."""
+    """(features, labels) of extract(backbone, source, ...), from this folder or put there.
+
+    Without a folder they are not kept.
+    """
+    if not folder:
+        return extract(backbone, source, cfg, device, what, keep)
     found = chunks(folder, extract, backbone, source, cfg, device, what)
     features, labels = zip(*found, strict=True)
     return tuple(torch.cat(parts).to(keep or device) for parts in (features, labels))

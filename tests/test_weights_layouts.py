@@ -229,6 +229,28 @@ def test_another_activation_is_refused(tmp_path):
         load_backbone(tmp_path / "folder")
 
 
+MALFORMED = [
+    ("config.json", "{"),
+    ("config.json", "[1]"),
+    ("config.json", '{"num_attention_heads": "two"}'),
+    ("config.json", '{"layer_norm_eps": null}'),
+    ("config.json", '{"pretrained_cfg": {"mean": 0.5}}'),
+    ("preprocessor_config.json", '{"image_mean": 0.5, "image_std": 0.5}'),
+    ("preprocessor_config.json", '{"image_mean": [0.5, 0.5, 0.5]}'),
+    ("preprocessor_config.json", "\0\udcff"),
+]
+
+
+@pytest.mark.parametrize("name, text", MALFORMED)
+def test_a_json_file_of_a_folder_that_cannot_be_understood_is_named(tmp_path, name, text):
+    export.export(network(), config(), tmp_path / "folder")
+    path = tmp_path / "folder" / name
+    path.write_text(text, encoding="utf-8", errors="surrogateescape")
+    with pytest.raises(UserError, match=f"/{name}: cannot be understood") as error:
+        load_backbone(tmp_path / "folder")
+    assert "\n" not in str(error.value)
+
+
 # ---- timm ---------------------------------------------------------------------------------------
 
 

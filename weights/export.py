@@ -72,8 +72,7 @@ def write_weights(state, path, about):
     """Tensors by name, and what they do not tell in the metadata."""
     about = {"format": "pt", OURS: json.dumps(about)}  # transformers asks for the first word
     if path.suffix == ".safetensors":
-        state = {name: value.contiguous() for name, value in state.items()}
-        path.write_bytes(save(state, about))
+        path.write_bytes(save(dict(state), about))
     else:
         state = OrderedDict(state)
         state._metadata = about  # which PyTorch keeps beside a state dict, and carries along

@@ -77,11 +77,13 @@ def rows(table):
         yield ours, [head + piece for piece in pieces or [""]]
 
 
-def read_table():
-    """{their name: (our name, number of the piece)}."""
-    ours = [(name, [name]) for name, _ in rows(HUGGING_FACE)]
-    tables = [*rows(HUGGING_FACE), *rows(TIMM), *rows(IBOT), *ours]
-    return {their: (name, i) for name, theirs in tables for i, their in enumerate(theirs)}
+# {their name: (our name, number of the piece)}, of all layouts
+KNOWN = {
+    their: (ours, i)
+    for ours, theirs in (*rows(HUGGING_FACE), *rows(TIMM), *rows(IBOT))
+    for i, their in enumerate(theirs)
+}
+KNOWN |= {ours: (ours, 0) for ours, _ in rows(HUGGING_FACE)}
 
 
 def take_apart(name):
@@ -130,12 +132,12 @@ def unknown(name, path):
 
 def backbone_of(state, path):
     """The tensors of a backbone under our names; what DINO and timm leave out is put back."""
-    table, pieces = read_table(), {}
+    pieces = {}
     for name, value in state.items():
         pattern, ending, number = take_apart(name)
-        if pattern not in table or not torch.is_tensor(value):
+        if pattern not in KNOWN or not torch.is_tensor(value):
             raise unknown(name, path)
-        ours, i = table[pattern]
+        ours, i = KNOWN[pattern]
         place = pieces.setdefault(ours.replace("#", number) + ending, {})
         if i in place:
             raise UserError(f"{path}: {name} is there twice, under two names")
@@ -147,9 +149,7 @@ def backbone_of(state, path):
     first, second = (found.get(f"blocks.0.mlp.{layer}.weight") for layer in ("fc1", "fc2"))
     if first is not None and second is not None and len(first) == 2 * second.shape[-1]:
         # SwiGLU in timm: the first matrix is twice as wide as the second.
-        swiglu = {".mlp.fc1.": ".mlp.w12.", ".mlp.fc2.": ".mlp.w3."}
-        for theirs, ours in swiglu.items():
-            found = {name.replace(theirs, ours): value for name, value in found.items()}
+        found = {n.replace("fc1", "w12").replace("fc2", "w3"): v for n, v in found.items()}
     positions = found.get("pos_embed")
     if positions is not None and math.isqrt(positions.shape[1]) ** 2 == positions.shape[1]:
         # In timm with registers, [CLS] has no position: it was added to the token.

@@ -14,7 +14,6 @@ import json
 import math
 import os
 import re
-import socket
 import sys
 import time
 from pathlib import Path
@@ -212,10 +211,8 @@ def fetch(name):
     while not path.exists() and int(os.environ.get("LOCAL_RANK", 0)):
         time.sleep(1)  # for the first process of the machine; if it fails, torchrun ends all
     if not path.exists():
-        patience = socket.getdefaulttimeout()
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            socket.setdefaulttimeout(30)  # seconds of silence; without, it may wait for ever
             bar = sys.stderr.isatty()
             torch.hub.download_url_to_file(address, str(path), RELEASED[name], progress=bar)
         # RuntimeError: another checksum. The others are OSErrors: no internet, no place.
@@ -224,8 +221,6 @@ def fetch(name):
                 f"{name}: {address} cannot be fetched ({reason(error)}); "
                 f"get this file in another way and give its path, or put it at {path}"
             ) from None
-        finally:
-            socket.setdefaulttimeout(patience)
     return path
 
 
@@ -239,7 +234,7 @@ def contents(path):
     if not isinstance(state, dict):
         raise UserError(f"{path}: not weights of a backbone by name; give a file of them")
     about = beside(path) | json.loads(getattr(state, "_metadata", {}).get(OURS, "{}"))
-    if "backbone" in state and "config" in state:
+    if "backbone" in state and isinstance(state.get("config"), dict):
         about = state["config"].get("vit", {}) | {"config": state["config"]}
         state = {part: value for part, value in state.items() if part not in ("config", "step")}
     parts = parts_of(state, path)
@@ -250,21 +245,31 @@ def contents(path):
 
 def beside(path):
     """What the json files in a folder of Hugging Face (or timm) say of the weights there."""
-    if path.name not in FILES[1:]:
-        return {}
-    cfg, images = (
-        json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-        for file in (path.with_name("config.json"), path.with_name("preprocessor_config.json"))
-    )
-    if cfg.get("hidden_act", "gelu") != "gelu":
-        raise UserError(f"{path}: hidden_act is {cfg['hidden_act']} there, and gelu here")
-    names = {"layer_norm_eps": "eps", "num_attention_heads": "heads"}
-    about = {ours: cfg[theirs] for theirs, ours in names.items() if theirs in cfg}
-    if timm := cfg.get("pretrained_cfg"):
+    about = {}
+    for name in ("config.json", "preprocessor_config.json") if path.name in FILES[1:] else ():
+        file = path.with_name(name)
+        try:
+            about |= understood(json.loads(file.read_text(encoding="utf-8")))
+        except FileNotFoundError:
+            continue
+        # What somebody has edited is anything: no json, other keys, other types.
+        except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+            raise UserError(f"{file}: cannot be understood ({reason(error)})") from None
+    return about
+
+
+def understood(said):
+    """What such a file says of the network and of its images, in our words."""
+    if said.get("hidden_act", "gelu") != "gelu":
+        raise ValueError(f"hidden_act is {said['hidden_act']} there, and gelu here")
+    names = {"layer_norm_eps": ("eps", float), "num_attention_heads": ("heads", int)}
+    about = {ours: kind(said[theirs]) for theirs, (ours, kind) in names.items() if theirs in said}
+    if timm := said.get("pretrained_cfg"):
         size = dict(enumerate(timm["input_size"][1:]))
-        images = {"image_mean": timm["mean"], "image_std": timm["std"], "size": size}
-    if "image_mean" in images:
-        size = images.get("crop_size", images.get("size"))
-        size = list(size.values()) if isinstance(size, dict) else [size]
-        about["images"] = {"mean": images["image_mean"], "std": images["image_std"], "size": size}
+        said = {"image_mean": timm["mean"], "image_std": timm["std"], "size": size}
+    if "image_mean" in said:
+        mean, std = ([float(x) for x in said[f"image_{key}"]] for key in ("mean", "std"))
+        size = said.get("crop_size", said.get("size", 224))
+        size = [int(n) for n in (size.values() if isinstance(size, dict) else [size])]
+        about["images"] = {"mean": mean, "std": std, "size": size}
     return about
