@@ -291,12 +291,13 @@ def assign(cfg, key, value, source):
 
 
 def nearest(key, options=()):
-    """`did you mean ...`: an option of the program or a key, known by its last part too."""
-    known = {name.rpartition(".")[2]: name for name, _ in reversed(documented())}
-    known |= {name: name for name in [*dict(documented()), *options]}
-    for word in (key, key.rpartition(".")[2]):
-        for close in difflib.get_close_matches(word, known, n=1, cutoff=0.75):
-            return f"did you mean {known[close]}?"
+    """`did you mean ...`: options of the program first, then keys, by their last part too."""
+    keys = {name.rpartition(".")[2]: name for name, _ in reversed(documented())}
+    keys |= {name: name for name, _ in documented()}
+    for known in {name: name for name in options}, keys:
+        for word in (key, key.rpartition(".")[2]):
+            for close in difflib.get_close_matches(word, known, n=1, cutoff=0.75):
+                return f"did you mean {known[close]}?"
     return "--help lists them all"
 
 
