@@ -1,20 +1,19 @@
-"""A classifier in one file: a backbone, and a linear head for each target.
+"""A classifier in one file: a backbone, and a linear head on its features.
 
     classifier = load("birds.pt")
-    logits = classifier(images)                 # [(B, classes of the target)], normalised images
+    logits = classifier(images)                 # (B, classes), of normalised images
     python -m evals.linear predict birds.pt FOLDER
 
-Heads come from a linear probe. Files are read with weights_only: they hold no code.
+The head comes from a linear probe. Files are read with weights_only: they hold no code.
 
 Shapes:  B images   D width of the backbone   F = (blocks + 1) * D features   N images of a source
 """
 
 import csv
 import os
-from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import config
 from config import UserError
@@ -27,16 +26,7 @@ from weights import checkpoint
 from weights.load import architecture, beyond_shapes
 
 BLOCKS = 4  # whose [CLS] tokens are features: the last ones
-KIND = "nanoDINOv2 classifier 1"
-
-
-class Head(NamedTuple):
-    """A linear classifier on the F features."""
-
-    target: str
-    classes: list
-    weight_CF: Tensor
-    bias_C: Tensor
+KIND, EARLIER = "nanoDINOv2 classifier 2", "nanoDINOv2 classifier 1"
 
 
 def features(backbone, image_BCHW):
@@ -48,24 +38,16 @@ def features(backbone, image_BCHW):
 
 
 class Classifier(nn.Module):
-    """Normalised images (B, C, H, W) -> one (B, classes) fp32 tensor of logits for each head."""
+    """Normalised images (B, C, H, W) -> logits (B, classes), fp32."""
 
-    def __init__(self, backbone, heads):
+    def __init__(self, backbone, classes, weight_CF, bias_C):
         super().__init__()
-        self.backbone = backbone
-        self.targets = [(head.target, head.classes) for head in heads]
-        self.heads = nn.ModuleList()
-        for head in heads:
-            classes, wide = head.weight_CF.shape
-            linear = nn.Linear(wide, classes, device=head.weight_CF.device)
-            with torch.no_grad():
-                linear.weight.copy_(head.weight_CF)
-                linear.bias.copy_(head.bias_C)
-            self.heads.append(linear)
+        self.backbone, self.classes = backbone, list(classes)
+        self.head = nn.Linear(*weight_CF.T.shape, device=weight_CF.device)
+        self.head.load_state_dict({"weight": weight_CF, "bias": bias_C})
 
     def forward(self, image_BCHW):
-        x_BF = features(self.backbone, image_BCHW)
-        return [head(x_BF) for head in self.heads]
+        return self.head(features(self.backbone, image_BCHW))
 
 
 # ---- files --------------------------------------------------------------------------------------
@@ -77,7 +59,7 @@ def save(classifier, cfg, path):
         "kind": KIND,
         "config": config.to_dict(cfg),
         "backbone": beyond_shapes(classifier.backbone),
-        "targets": [[name, list(classes)] for name, classes in classifier.targets],
+        "classes": classifier.classes,
         "state": {name: value.cpu() for name, value in classifier.state_dict().items()},
     }
     try:
@@ -89,8 +71,13 @@ def save(classifier, cfg, path):
 def load(path, with_config=False):
     """The Classifier of a file, in eval mode; with_config: and the Config of its images."""
     found = {} if os.path.isdir(path) else checkpoint.read(path)
-    if not isinstance(found, dict) or found.get("kind") != KIND:
+    if not isinstance(found, dict) or found.get("kind") not in (KIND, EARLIER):
         raise UserError(f"{path}: not a classifier; evals.linear RUN save=FILE writes one")
+    if found["kind"] == EARLIER:  # which could hold several heads
+        (_, found["classes"]), *more = found["targets"]
+        if more:
+            raise UserError(f"{path}: has several heads, of an earlier version; train one for each")
+        found["state"] = {n.replace("heads.0.", "head."): v for n, v in found["state"].items()}
     cfg = config.from_dict(found["config"], str(path))
     parts = {name.partition(".")[::2]: value for name, value in found["state"].items()}
     state = {name: value for (part, name), value in parts.items() if part == "backbone"}
@@ -98,16 +85,9 @@ def load(path, with_config=False):
     for module in backbone.modules():
         if isinstance(module, nn.LayerNorm):
             module.eps = found["backbone"].get("eps", module.eps)
-    wide = backbone.dim * (min(BLOCKS, backbone.depth) + 1)
-    heads = [
-        Head(name, classes, torch.zeros(len(classes), wide), torch.zeros(len(classes)))
-        for name, classes in found["targets"]
-    ]
-    classifier = Classifier(backbone, heads)
-    try:
-        classifier.load_state_dict(found["state"])
-    except RuntimeError as error:
-        raise UserError(f"{path}: {' '.join(str(error).split())}") from None
+    head = found["state"]["head.weight"], found["state"]["head.bias"]
+    classifier = Classifier(backbone, found["classes"], *head)
+    classifier.load_state_dict(found["state"])
     classifier.eval()
     return (classifier, cfg) if with_config else classifier
 
@@ -118,7 +98,7 @@ PREDICT_USAGE = """
 usage: python -m evals.linear predict CLASSIFIER FOLDER [out=labels.csv] [key=value ...]
 
 Labels the images of FOLDER (or of a list, shards or an array) with a classifier that evals.linear
-has saved. Writes a CSV: path, class and probability for each target, and that of each class.
+has saved. Writes a CSV: path, class, its probability, and that of every class.
 Keys override the config of the classifier, such as device=cpu or data.workers=0:
 """
 
@@ -134,27 +114,16 @@ def predict(argv):
     device, source = pick_device(cfg.device), open_source(words[0], cfg, "", key="FOLDER")
     classifier.to(device)
 
-    def probabilities(image_BCHW):
-        return torch.cat([logit_BC.softmax(dim=1) for logit_BC in classifier(image_BCHW)], dim=1)
-
-    p_NC, label_N = extract(probabilities, source, cfg, device, "images", "cpu")
+    p_NC, label_N = extract(
+        lambda x: classifier(x).softmax(dim=1), source, cfg, device, "images", "cpu"
+    )
     tell_damaged(source, label_N)
-    head = ["path"]
-    for name, classes in classifier.targets:
-        head += [name, f"{name} probability", *(f"{name}: {word}" for word in classes)]
-    readable = (label_N != DAMAGED).nonzero().flatten().tolist()
+    classes, readable = classifier.classes, (label_N != DAMAGED).nonzero().flatten().tolist()
     how = {"newline": "", "encoding": "utf-8", "errors": "surrogateescape"}
     with config.writing(f"out={o.out}"), open(o.out, "w", **how) as file:
         rows = csv.writer(file)
-        rows.writerow(head)
+        rows.writerow(["path", "class", "class probability", *(f"class: {c}" for c in classes)])
         for i in readable:
-            rows.writerow([source.name(i), *answers(classifier.targets, p_NC[i])])
+            words = (f"{p:.4f}" for p in (p_NC[i].max(), *p_NC[i]))
+            rows.writerow([source.name(i), classes[int(p_NC[i].argmax())], *words])
     print(f"{counted(len(readable), 'image')} labelled: {o.out}")
-
-
-def answers(targets, p_C):
-    """For each target the class, its probability, and that of every class."""
-    words = []
-    for (_, classes), own in zip(targets, p_C.split([len(c) for _, c in targets]), strict=True):
-        words += [classes[int(own.argmax())], f"{own.max():.4f}", *(f"{p:.4f}" for p in own)]
-    return words

@@ -30,41 +30,48 @@ import config
 import data
 from config import UserError
 from evals import classifier as classifiers
-from evals import labelled
-from evals.classifier import BLOCKS, Classifier, Head, features
-from evals.frozen import KEYS, extract, open_network, tally, tell_damaged, untrained
-from evals.labelled import augmented_batches
+from evals.classifier import BLOCKS, Classifier, features
+from evals.crops import augmented_batches, positions
+from evals.frozen import (
+    KEYS,
+    extract,
+    labelled_images,
+    open_network,
+    tally,
+    tell_damaged,
+    untrained,
+)
 from evals.logistic import logistic_path, penalties
 from evals.probe import Candidates, Probe, accuracies
-from images import evaluation
-from images.held_out import UNKNOWN, divide
+from images.held_out import divide
 from parallel import dtype_of, process_group, progress, ranks
 
 
 class Setup(NamedTuple):
-    """What all methods share: a network, images, what is asked of them, features, options."""
+    """What both methods share: a network, images, features, options. A label below 0 is none."""
 
     backbone: torch.nn.Module
     train: object
-    test: object
-    targets: list
+    classes: list
     x_NF: Tensor
+    label_N: Tensor
     x_MF: Tensor
+    label_M: Tensor
     cfg: config.Config
     o: object
     device: torch.device
 
 
 class Result(NamedTuple):
-    """What a method reached on one target, in percent, and its classifiers."""
+    """What a method reached, in percent, and its classifier."""
 
-    target: str
     method: str
     held_out: float
     test: float
     chosen: str  # in words
     best: float | None  # of its candidates on the test images: they choose, which is not honest
-    head: Head  # trained on all training images
+    weight_CF: Tensor  # trained on all training images
+    bias_C: Tensor
 
 
 # ---- features -----------------------------------------------------------------------------------
@@ -73,7 +80,7 @@ class Result(NamedTuple):
 def feature_batches(s, rows):
     """Iterator of (features (B, F), rows (B,)) in an endless shuffle of these rows."""
     order = data.Order(len(rows), s.o.seed)
-    for own in labelled.positions(s.o.iterations, s.o.batch, *ranks()):
+    for own in positions(s.o.iterations, s.o.batch, *ranks()):
         row_B = rows[[order[position] for position in own]]
         yield s.x_NF[row_B.to(s.device)], row_B
 
@@ -89,72 +96,51 @@ def fresh_features(s, rows):
         yield features(s.backbone, image_BCSS.to(dtype_of(s.cfg))), row_B
 
 
-# ---- methods: each trains candidates for every target on some rows ------------------------------
+# ---- methods: each trains candidates on some rows -----------------------------------------------
 
 
 def linear_probe(s, rows, chosen=None):
     """All 52, whichever was chosen: the official figure wants them."""
     blocks, dim = min(BLOCKS, s.backbone.depth), s.backbone.dim
-    probes = [Probe(len(t.classes), blocks, dim, s.o.batch, s.o.seed, s.device) for t in s.targets]
+    probe = Probe(len(s.classes), blocks, dim, s.o.batch, s.o.seed, s.device)
     batches = fresh_features(s, rows) if s.o.augment else feature_batches(s, rows)
     bar = progress(batches, desc="linear probe", total=s.o.iterations)
     for step, (x_BF, row_B) in enumerate(bar):
-        for target, probe in zip(s.targets, probes, strict=True):
-            probe.step(x_BF, target.train_N[row_B].to(s.device), step / s.o.iterations)
-    return [probe.heads for probe in probes]
+        probe.step(x_BF, s.label_N[row_B.to(s.device)], step / s.o.iterations)
+    return probe.heads
 
 
 def logistic_regression(s, rows, chosen=None):
     """One for each penalty, or only for the chosen one; on [CLS] of the last block alone."""
     blocks, dim = min(BLOCKS, s.backbone.depth), s.backbone.dim
-    last, found = slice((blocks - 1) * dim, blocks * dim), []
-    for i, target in enumerate(s.targets):
-        values = penalties(s.o.logistic)
-        values = values if chosen is None else [values[chosen[i]]]
-        own = rows[target.train_N[rows] >= 0]
-        weight_HCD, bias_HC = logistic_path(
-            s.x_NF[own.to(s.device), last], target.train_N[own], len(target.classes), values
-        )
-        weight_HCF = s.x_NF.new_zeros(*weight_HCD.shape[:2], s.x_NF.shape[1])
-        weight_HCF[..., last] = weight_HCD
-        names = [f"last 1 [CLS], C {value:.2g}" for value in values]
-        found.append(Candidates(names, weight_HCF, bias_HC.to(s.device)))
-    return found
+    last, rows = slice((blocks - 1) * dim, blocks * dim), rows.to(s.device)
+    values = penalties(s.o.logistic)
+    values = values if chosen is None else [values[chosen]]
+    weight_HCD, bias_HC = logistic_path(s.x_NF[rows, last], s.label_N[rows], len(s.classes), values)
+    weight_HCF = s.x_NF.new_zeros(*weight_HCD.shape[:2], s.x_NF.shape[1])
+    weight_HCF[..., last] = weight_HCD
+    names = [f"last 1 [CLS], C {value:.2g}" for value in values]
+    return Candidates(names, weight_HCF, bias_HC.to(s.device))
 
 
 def choose(s, method, train, kept, held):
-    """[Result] of a method: held-out images choose, all train, then come the test images."""
-    early, results = train(s, kept), []
-    held_HT = [
-        accuracies(candidates, s.x_NF[held.to(s.device)], target.train_N[held])
-        for candidates, target in zip(early, s.targets, strict=True)
-    ]
-    chosen = [int(held_H.argmax()) for held_H in held_HT]
+    """The Result of a method: held-out images choose, all train, then come the test images."""
+    early, own = train(s, kept), held.to(s.device)
+    held_H = accuracies(early, s.x_NF[own], s.label_N[own])
+    chosen = int(held_H.argmax())
     late = train(s, torch.cat((kept, held)).sort().values, chosen)
-    for i, (t, found) in enumerate(zip(s.targets, late, strict=True)):
-        name = early[i].names[chosen[i]]
-        at = found.names.index(name)
-        test_H = accuracies(found, s.x_MF, t.test_M)
-        head = Head(t.name, t.classes, found.weight_HCF[at].clone(), found.bias_HC[at].clone())
-        best = test_H.max().item() if len(test_H) > 1 else None
-        held_out, test = held_HT[i].max().item(), test_H[at].item()
-        results.append(Result(t.name, method, held_out, test, name, best, head))
-    return results
-
-
-def best_heads(targets, results):
-    """For each target the result that is best on the held-out images."""
-    return [
-        max((r for r in results if r.target == target.name), key=lambda r: r.held_out)
-        for target in targets
-    ]
+    at = late.names.index(early.names[chosen])
+    test_H = accuracies(late, s.x_MF, s.label_M)
+    best = test_H.max().item() if len(test_H) > 1 else None
+    figures = held_H[chosen].item(), test_H[at].item(), late.names[at], best
+    return Result(method, *figures, late.weight_HCF[at].clone(), late.bias_HC[at].clone())
 
 
 # ---- the command --------------------------------------------------------------------------------
 
 OPTIONS = {
     "iterations": 12_500, "batch": 128, "augment": False, "logistic": 45, "held_out": 0.1,
-    "labels": "", "targets": "", "untrained": False, "save": "", "seed": 0,
+    "untrained": False, "save": "", "seed": 0,
 }  # fmt: skip
 LEAST = {"batch": 1, "iterations": 0, "logistic": 0}
 
@@ -171,8 +157,6 @@ and says how many test images they get right. Options:
                         2 x iterations x batch images. false: one centre crop for each
   logistic=45           penalties that the logistic regression tries; 0: none
   held_out=0.1          share of the training images that choose the classifier
-  labels=cars.csv       a CSV with columns path,make,colour: labels instead of class folders
-  targets=make,colour   which of its columns; empty: all
   untrained=false       true: an untrained network of this shape instead, as a floor
   save=                 file for the best classifier, with its backbone
 Keys override the config of the run, such as data.root=/photos or precision=fp32:
@@ -193,48 +177,48 @@ def prepare(run, words):
 
 
 def read_setup(backbone, cfg, o, device):
-    """The images with their labels and features. Damaged images lose their labels."""
-    train, test, targets = labelled.labelled_images(cfg, o.labels, o.targets)
+    """The images with their labels and features, counted as eval_knn.py counts them."""
+    train, test = labelled_images(cfg)
     found = []
     for source, what in (train, "training images"), (test, "test images"):
         x_NF, label_N = extract(lambda x: features(backbone, x), source, cfg, device, what)
         tell_damaged(source, label_N)
-        found += [x_NF, label_N.cpu() == evaluation.DAMAGED]
-    x_NF, bad_N, x_MF, bad_M = found
-    for i, t in enumerate(targets):
-        train_N = t.train_N.masked_fill(bad_N, UNKNOWN)
-        targets[i] = t._replace(train_N=train_N, test_M=t.test_M.masked_fill(bad_M, UNKNOWN))
-        labelled.check(targets[i])
-        counts = [int((label >= 0).sum()) for label in targets[i][2:]]
-        if ranks()[0] == 0:
-            print(f"{t.name}: {tally(*counts, t.classes)}")
-    return Setup(backbone, train, test, targets, x_NF, x_MF, cfg, o, device)
+        found += [x_NF, label_N]
+    x_NF, label_N, x_MF, label_M = found
+    # Damaged images have a negative label. If all training images of a class are damaged, nothing
+    # can find its test images.
+    known_C = label_N[label_N >= 0].unique()
+    asked_M = torch.isin(label_M, known_C)
+    if len(known_C) < 2 or not asked_M.any():
+        raise UserError("probes need readable images of two classes, and some to test on")
+    if ranks()[0] == 0:
+        names = [train.classes[c] for c in known_C.tolist()]
+        print(tally(int((label_N >= 0).sum()), int(asked_M.sum()), names))
+    labelled = train.classes, x_NF, label_N, x_MF[asked_M], label_M[asked_M]
+    return Setup(backbone, train, *labelled, cfg, o, device)
 
 
 def evaluate(s):
-    """([Result], the Classifier to keep)."""
-    label_NT = torch.stack([target.train_N for target in s.targets], dim=1).numpy()
-    kept, held = map(torch.tensor, divide(label_NT, s.o.held_out, s.o.seed))
+    """[Result] of both methods."""
+    kept, held = map(torch.tensor, divide(s.label_N.cpu()[:, None].numpy(), s.o.held_out, s.o.seed))
     if not len(held):
         raise UserError("no class has 3 training images, so none can be held out to choose")
     results = []
     if s.o.iterations:
-        results += choose(s, "linear", linear_probe, kept, held)
+        results.append(choose(s, "linear", linear_probe, kept, held))
     if s.o.logistic:
-        results += choose(s, "logistic", logistic_regression, kept, held)
-    best = best_heads(s.targets, results)
-    return results, Classifier(s.backbone, [result.head for result in best])
+        results.append(choose(s, "logistic", logistic_regression, kept, held))
+    return results
 
 
 def print_results(results):
-    """The figures, one line for each target and method."""
-    print(f"{'target':<14}{'method':<12}{'held out':>9}{'test':>9}   chosen")
+    """The figures, one line for each method."""
+    print(f"{'method':<12}{'held out':>9}{'test':>9}   chosen")
     for r in results:
-        print(f"{r.target:<14}{r.method:<12}{r.held_out:>7.2f} %{r.test:>7.2f} %   {r.chosen}")
+        print(f"{r.method:<12}{r.held_out:>7.2f} %{r.test:>7.2f} %   {r.chosen}")
     for r in results:
         if r.method == "linear":
-            words = "the best linear one on the test images, as official"
-            print(f"{r.target:<14}{words}: {r.best:.2f} %")
+            print(f"the best linear one on the test images, as official: {r.best:.2f} %")
 
 
 @config.report_errors
@@ -245,15 +229,17 @@ def main(argv):
     backbone, cfg, o = prepare(run, words)
     with process_group(cfg) as device:
         s = read_setup(backbone.to(device), cfg, o, device)
-        results, classifier = evaluate(s)
+        results = evaluate(s)
         if ranks()[0] == 0:
             print_results(results)
             if o.save:
+                best = max(results, key=lambda r: r.held_out)
+                classifier = Classifier(s.backbone, s.classes, best.weight_CF, best.bias_C)
                 classifiers.save(classifier, cfg, o.save)
                 print(f"classifier: {o.save}")
             if Path(run).is_dir() and not o.untrained:
                 path = Path(run, "linear.json")
-                rows = [dict(list(r._asdict().items())[:-1]) for r in results]  # without the head
+                rows = [dict(list(r._asdict().items())[:-2]) for r in results]  # without weights
                 with config.writing(path):
                     path.write_text(json.dumps(rows, indent=1) + "\n")
 

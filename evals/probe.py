@@ -23,7 +23,7 @@ MOMENTUM, INITIAL_STD = 0.9, 0.01
 
 
 class Candidates(NamedTuple):
-    """Linear classifiers of one target side by side, of which one will be chosen."""
+    """Linear classifiers side by side, of which one will be chosen."""
 
     names: list
     weight_HCF: Tensor
@@ -48,7 +48,7 @@ def feature_sets(blocks, dim):
 
 
 class Probe:
-    """Every learning rate with every feature set, for one target.
+    """Every learning rate with every feature set.
 
     SGD with momentum and no weight decay on the mean cross-entropy, whose gradient is
         d loss / d logit = softmax(logit) - 1[class is the label]
@@ -62,8 +62,8 @@ class Probe:
         sets = feature_sets(blocks, dim)
         use_SF = torch.stack([use for _, use in sets]).to(device)
         self.use_H1F = use_SF.repeat(len(RATES), 1).unsqueeze(1)
-        self.rate_H11 = torch.tensor(RATES, device=device).repeat_interleave(len(sets))
-        self.rate_H11 = self.rate_H11.view(-1, 1, 1) * batch / 256
+        self.batch, self.rate_H11 = batch, torch.tensor(RATES, device=device)
+        self.rate_H11 = self.rate_H11.repeat_interleave(len(sets)).view(-1, 1, 1) * batch / 256
         H, rng = len(self.rate_H11), torch.Generator().manual_seed(seed)
         weight_HCF = torch.randn(H, classes, use_SF.shape[1], generator=rng).to(device)
         weight_HCF *= INITIAL_STD * self.use_H1F
@@ -72,28 +72,24 @@ class Probe:
         self.momenta = [torch.zeros_like(x) for x in self.heads[1:]]
 
     def step(self, x_BF, label_B, done):
-        """One step of SGD; images labelled -1 do not count. done: share of the training, 0 to 1."""
-        x_BF, label_B = x_BF[label_B >= 0], label_B[label_B >= 0]
+        """One step of SGD on this rank's images. done: share of the training, 0 to 1."""
         error_BHC = self.heads.logits(x_BF).softmax(dim=2)
         error_BHC[torch.arange(len(label_B), device=x_BF.device), :, label_B] -= 1
         weight_HCF = (error_BHC.flatten(1).T @ x_BF).unflatten(0, error_BHC.shape[1:])
         gradients = weight_HCF * self.use_H1F, error_BHC.sum(dim=0)
-        images = sum_over_ranks(torch.tensor(len(label_B), device=x_BF.device)).clamp(min=1)
         rate_H11 = self.rate_H11 * (1 + math.cos(math.pi * done)) / 2
         rates = rate_H11, rate_H11[:, 0]
         rows = zip(self.heads[1:], self.momenta, gradients, rates, strict=True)
         for parameter, momentum, gradient, rate in rows:
-            momentum.mul_(MOMENTUM).add_(sum_over_ranks(gradient) / images)
+            momentum.mul_(MOMENTUM).add_(sum_over_ranks(gradient) / self.batch)
             parameter.sub_(rate * momentum)
 
 
 def accuracies(candidates, x_NF, label_N):
-    """Percentage of the labelled images that each candidate gets right: (H,), on the CPU."""
-    label_N = label_N.to(x_NF.device)
-    x_NF, label_N = x_NF[label_N >= 0], label_N[label_N >= 0]
+    """Percentage of the images that each candidate gets right: (H,), on the CPU."""
     right_H = torch.zeros(len(candidates.names), dtype=torch.long, device=x_NF.device)
     chunk = max(1, 2**24 // candidates.bias_HC.numel())  # 64 MB of logits
     for x_BF, label_B in zip(x_NF.split(chunk), label_N.split(chunk), strict=True):
         guess_BH = candidates.logits(x_BF).argmax(dim=2)
         right_H += (guess_BH == label_B.unsqueeze(1)).sum(dim=0)
-    return 100 * right_H.cpu() / max(len(label_N), 1)
+    return 100 * right_H.cpu() / len(label_N)

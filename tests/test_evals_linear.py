@@ -18,17 +18,19 @@ from PIL import Image
 from running import make_photos, server
 from test_readme import README, commands
 
+import eval_knn
+import parallel
 from config import Config, UserError, to_dict
 from evals import classifier as classifiers
-from evals import labelled, probe
+from evals import crops, probe
 from evals import linear as eval_linear
-from evals.classifier import Classifier, Head, features
-from evals.labelled import Target, labelled_images
+from evals.classifier import Classifier, features
 from evals.logistic import logistic_path, objective, penalties
 from evals.probe import Candidates, Probe, feature_sets
 from images.held_out import divide
 from images.sources import Arrays
 from vit import VisionTransformer, build_backbone
+from weights import checkpoint
 
 # ---- the 52 probes ------------------------------------------------------------------------------
 
@@ -75,18 +77,6 @@ def test_the_first_weights_are_the_official_ones():
     used = start.weight_HCF[start.weight_HCF != 0]
     assert used.std().item() == pytest.approx(0.01, rel=0.01) and not start.bias_HC.any()
     assert len(used) == 13 * 100 * 64 * (1 + 4 + 2 + 5)
-
-
-def test_images_without_a_label_do_not_count():
-    x, label = torch.randn(6, 10), torch.tensor([0, -1, 2, 1, -1, 0])
-    some, all_ = Probe(3, 1, 5, 6), Probe(3, 1, 5, 6)
-    some.step(x[label >= 0], label[label >= 0], 0)
-    all_.step(x, label, 0)
-    assert torch.equal(some.heads.weight_HCF, all_.heads.weight_HCF)
-    before = all_.heads.weight_HCF.clone()
-    all_.momenta[0].zero_()
-    all_.step(x[:2], torch.tensor([-1, -1]), 0)  # nobody has a label: nothing moves, nothing is nan
-    assert torch.equal(all_.heads.weight_HCF, before)
 
 
 def test_a_shallow_backbone_has_each_feature_set_once():
@@ -188,16 +178,16 @@ def test_the_test_images_do_not_choose():
 
     def train(s, rows, chosen=None):
         trained.append(rows.tolist())
-        return [found]
+        return found
 
     s = SimpleNamespace(
-        targets=[Target("t", ["a", "b"], torch.tensor([0, 0, 1, 0]), torch.tensor([1, 1, 1, 0]))],
+        label_N=torch.tensor([0, 0, 1, 0]), label_M=torch.tensor([1, 1, 1, 0]),
         x_NF=torch.ones(4, 1), x_MF=torch.ones(4, 1), device="cpu",
     )  # fmt: skip
-    (result,) = eval_linear.choose(s, "linear", train, torch.tensor([0, 2]), torch.tensor([1, 3]))
+    result = eval_linear.choose(s, "linear", train, torch.tensor([0, 2]), torch.tensor([1, 3]))
     assert (result.chosen, result.held_out, result.test, result.best) == ("held", 100, 25, 75)
     assert trained == [[0, 2], [0, 1, 2, 3]]
-    assert torch.equal(result.head.weight_CF, good_for_held)
+    assert torch.equal(result.weight_CF, good_for_held)
 
 
 # ---- images -------------------------------------------------------------------------------------
@@ -225,52 +215,21 @@ def tiny_backbone():
 def test_random_crops_show_their_own_rows_and_each_once():
     source, cfg = array(), tiny_config()
     rows = torch.tensor([1, 4, 5, 7])
-    found = list(labelled.augmented_batches(source, rows, cfg, 3, 4, "cpu", seed=1))
+    found = list(crops.augmented_batches(source, rows, cfg, 3, 4, "cpu", seed=1))
     assert [sorted(row.tolist()) for _, row in found] == [rows.tolist()] * 3
     assert found[0][0].shape == (4, 3, 16, 16) and not torch.equal(found[0][0][0], found[1][0][0])
     halves = [
-        list(labelled.augmented_batches(source, rows, cfg, 3, 4, "cpu", 1, r, 2)) for r in (0, 1)
+        list(crops.augmented_batches(source, rows, cfg, 3, 4, "cpu", 1, r, 2)) for r in (0, 1)
     ]
     for (image, _), (first, _), (second, _) in zip(found, *halves, strict=True):
         assert torch.equal(torch.stack((first, second), dim=1).flatten(0, 1), image)
 
 
-def cars(folder):
-    """Ten photos, nine to train and one to test, and what is asked of them."""
-    for i in range(20):
-        pixels = np.full((20, 24, 3), 12 * i, np.uint8)
-        Image.fromarray(pixels).save(folder / f"{i:02}.png")
-    rows = [
-        [f"{i:02}.png", ["volvo", "saab"][i % 2], ["red", "blue", ""][i % 3]] for i in range(20)
-    ]
-    with open(folder / "cars.csv", "w", newline="") as file:
-        csv.writer(file).writerows([["path", "make", "colour"], *rows[:19]])
-    return folder / "cars.csv"
-
-
-def test_a_table_holds_several_targets(tmp_path):
-    table = cars(tmp_path)
-    cfg = tiny_config()
-    cfg.data.root = str(tmp_path)
-    train, test, (make, colour) = labelled_images(cfg, str(table))
-    assert (make.name, make.classes, colour.classes) == ("make", ["saab", "volvo"], ["blue", "red"])
-    names = [part.name(i) for part in (train, test) for i in range(len(part))]
-    assert sorted(names) == [f"{i:02}.png" for i in range(19)], "19.png is not in the table"
-    for target, words in (make, ["volvo", "saab"]), (colour, ["red", "blue", ""]):
-        found = [*target.train_N.tolist(), *target.test_M.tolist()]
-        wanted = [words[int(name[:2]) % len(words)] for name in names]
-        assert [target.classes[c] if c >= 0 else "" for c in found] == wanted
-        assert set(target.test_M.tolist()) >= {0, 1}, "a class is not tested"
-    assert [t.name for t in labelled_images(cfg, str(table), "colour")[2]] == ["colour"]
-
-
 # ---- classifiers --------------------------------------------------------------------------------
 
 
-def heads(backbone, *classes):
-    wide = 16 * 4
-    return [Head(f"t{n}", [f"c{i}" for i in range(n)], torch.randn(n, wide), torch.randn(n))
-            for n in classes]  # fmt: skip
+def a_classifier(backbone):
+    return Classifier(backbone, ["a", "b"], torch.randn(2, 64), torch.randn(2)).eval()
 
 
 def test_a_saved_classifier_is_the_same_one(tmp_path):
@@ -278,18 +237,29 @@ def test_a_saved_classifier_is_the_same_one(tmp_path):
     for module in backbone.modules():
         if isinstance(module, torch.nn.LayerNorm):
             module.eps = 1e-2  # as a file of others may say
-    before = Classifier(backbone, heads(backbone, 3, 2)).eval()
+    before = a_classifier(backbone)
     image = torch.randn(2, 3, 16, 24)
     x_BF = features(backbone, image)
-    for head, logit in zip(before.heads, before(image), strict=True):
-        torch.testing.assert_close(logit, x_BF @ head.weight.T + head.bias)
+    torch.testing.assert_close(before(image), x_BF @ before.head.weight.T + before.head.bias)
     classifiers.save(before, tiny_config(), tmp_path / "c.pt")
     after, cfg = classifiers.load(tmp_path / "c.pt", with_config=True)
-    assert [(n, list(c)) for n, c in after.targets] == [("t3", ["c0", "c1", "c2"]),
-                                                         ("t2", ["c0", "c1"])]  # fmt: skip
-    assert to_dict(cfg) == to_dict(tiny_config())
-    for a, b in zip(before(image), after(image), strict=True):
-        assert torch.equal(a, b)
+    assert after.classes == ["a", "b"] and to_dict(cfg) == to_dict(tiny_config())
+    assert torch.equal(before(image), after(image))
+
+
+def test_a_classifier_of_an_earlier_version_opens(tmp_path):
+    before = a_classifier(tiny_backbone())
+    classifiers.save(before, tiny_config(), tmp_path / "c.pt")
+    found = checkpoint.read(tmp_path / "c.pt")
+    found["kind"], found["targets"] = classifiers.EARLIER, [["class", found.pop("classes")]]
+    found["state"] = {n.replace("head.", "heads.0."): v for n, v in found["state"].items()}
+    torch.save(found, tmp_path / "c.pt")
+    image = torch.randn(2, 3, 16, 16)
+    assert torch.equal(classifiers.load(tmp_path / "c.pt")(image), before(image))
+    found["targets"] *= 2
+    torch.save(found, tmp_path / "c.pt")
+    with pytest.raises(UserError, match=r"c.pt: has several heads, of an earlier version"):
+        classifiers.load(tmp_path / "c.pt")
 
 
 # ---- the command --------------------------------------------------------------------------------
@@ -306,10 +276,7 @@ def place(tmp_path_factory):
     state = {"backbone": build_backbone(cfg).state_dict(), "config": to_dict(cfg), "step": 0}
     (folder / "run").mkdir()
     torch.save(state, folder / "run" / "teacher.pt")
-    saved = Classifier(tiny_backbone(), [Head("t", ["a", "b"], torch.zeros(2, 64), torch.zeros(2))])
-    classifiers.save(saved, cfg, folder / "run" / "c.pt")
-    (folder / "cars").mkdir()
-    cars(folder / "cars")
+    classifiers.save(a_classifier(tiny_backbone()), cfg, folder / "run" / "c.pt")
     return folder
 
 
@@ -320,7 +287,7 @@ def test_the_command_classifies_and_predict_labels_a_folder(place, tmp_path, cap
     run, saved, out = place / "run", tmp_path / "c.pt", tmp_path / "labels.csv"
     eval_linear.main([str(run), *QUICK, f"save={saved}"])
     said = capsys.readouterr().out
-    assert "class: 30 training, 10 test images, 2 classes (dark, light)" in said
+    assert "30 training, 10 test images, 2 classes (dark, light)" in said
     assert "the best linear one on the test images, as official" in said
     linear, logistic = json.loads((run / "linear.json").read_text())
     assert linear["method"] == "linear" and linear["best"] >= linear["test"]
@@ -340,28 +307,12 @@ def test_the_command_classifies_and_predict_labels_a_folder(place, tmp_path, cap
         assert float(row["class probability"]) == max(chances)
 
 
-def test_several_targets_and_augmentation_go_together(place, tmp_path, capsys):
-    words = [f"data.root={place / 'cars'}", f"labels={place / 'cars' / 'cars.csv'}", "data.val="]
-    words += [
-        "augment=true",
-        f"save={tmp_path / 'c.pt'}",
-    ]
-    eval_linear.main([str(place / "run"), *QUICK, "iterations=2", *words])
-    said = capsys.readouterr().out
-    assert said.count("as official") == 2
-    after = classifiers.load(tmp_path / "c.pt")
-    assert [name for name, _ in after.targets] == ["make", "colour"]
-
-
 @pytest.mark.parametrize("words", commands(README, "evals/linear.py"), ids=" ".join)
 def test_a_command_of_the_readme_runs(place, tmp_path, words, monkeypatch):
     monkeypatch.chdir(tmp_path)
     shutil.copytree(place / "run", tmp_path / "runs" / "default")
     if words[0] == "predict":
-        saved = Classifier(
-            tiny_backbone(), [Head("t", ["a", "b"], torch.zeros(2, 64), torch.zeros(2))]
-        )
-        classifiers.save(saved, tiny_config(), tmp_path / words[1])
+        classifiers.save(a_classifier(tiny_backbone()), tiny_config(), tmp_path / words[1])
         eval_linear.main([*words[:2], str(place / "photos"), *words[3:]])
         assert (tmp_path / "labels.csv").exists()
     else:
@@ -381,12 +332,6 @@ BAD = [
     (["predict", "{run}/c.pt", "{photos}", "data.channels=1", "data.mean=[0.5]", "data.std=[0.5]"],
      "c.pt reads 3: give images of 3 channels"),
     (["{run}", "vit.size=large"], "has nano: leave the key out"),
-    (["{run}", "data.root={cars}", "labels={cars}/cars.csv", "targets=age"],
-     "targets=age: no such column in"),
-    (["{run}", "data.root={photos}", "labels={cars}/cars.csv"], "has no row for the training or"),
-    (["{run}", "data.root={cars}", "labels={cars}/twice.csv"], "00.png is in it twice, with other"),
-    (["{run}", "data.root={cars}", "labels={cars}/none.csv"], "No such file"),
-    (["{run}", "data.root={cars}", "labels={cars}/00.png"], "cannot be read"),
     (["{run}", "save=/nowhere/c.pt"], "save=/nowhere/c.pt: cannot be written"),
     (["predict", "{run}/teacher.pt", "{photos}"], "not a classifier"),
     (["predict", "{run}", "{photos}"], "not a classifier; evals.linear RUN save=FILE writes one"),
@@ -396,8 +341,7 @@ BAD = [
 
 @pytest.mark.parametrize("words, expected", BAD)
 def test_bad_input_is_one_line(place, capsys, words, expected):
-    places = {"run": place / "run", "photos": place / "photos", "cars": place / "cars"}
-    (place / "cars" / "twice.csv").write_text("path,make\n00.png,a\n01.png,b\n00.png,b\n")
+    places = {"run": place / "run", "photos": place / "photos"}
     refused([word.format(**places) for word in words], capsys, expected)
 
 
@@ -415,11 +359,6 @@ def test_a_class_that_cannot_be_learned_is_named(place, tmp_path, capsys):
     (photos / "val" / "grey").mkdir()
     Image.new("RGB", (20, 20)).save(photos / "val" / "grey" / "1.png")
     refused([str(place / "run"), f"data.root={photos}"], capsys, "no training image of class grey")
-    labels = torch.tensor([0, 0]), torch.tensor([0, 1])
-    with pytest.raises(UserError, match="training images of one class only"):
-        labelled.check(Target("x", ["a", "b"], *labels))
-    with pytest.raises(UserError, match=r"class c \(x\) has no training image"):
-        labelled.check(Target("x", ["a", "b", "c"], labels[1], torch.tensor([2, 0])))
 
 
 def test_damaged_images_are_left_out_of_the_probe_and_counted(place, tmp_path, capsys):
@@ -428,9 +367,29 @@ def test_damaged_images_are_left_out_of_the_probe_and_counted(place, tmp_path, c
     (photos / "val" / "light" / "1.png").write_bytes(b"")
     eval_linear.main([str(place / "run"), f"data.root={photos}", *QUICK])
     told = capsys.readouterr()
-    assert "class: 19 training, 11 test images" in told.out
+    assert "19 training, 11 test images" in told.out
     assert "1 damaged image left out, the first: dark/0.png" in told.err
     assert "1 damaged image left out, the first: light/1.png" in told.err
+
+
+def test_every_program_counts_the_same_images(place, tmp_path, capsys):
+    """One is damaged, one has no class, and of a third class nothing to learn from is readable."""
+    photos = make_photos(tmp_path / "photos", [("train", 20), ("val", 12)])
+    for part in "train", "val":
+        (photos / part / "grey").mkdir()
+        Image.new("RGB", (20, 20)).save(photos / part / "grey" / "1.png")
+    for damaged in "train/grey/1.png", "train/dark/0.png", "val/light/1.png":
+        (photos / damaged).write_bytes(b"no picture")
+    Image.new("RGB", (20, 20)).save(photos / "val" / "stray.png")
+    words = [str(place / "run"), f"data.root={photos}"]
+    expected = "19 training, 11 test images, 2 classes (dark, light)"
+    for main, more in (eval_knn.main, []), (eval_linear.main, QUICK):
+        parallel.warn_once.cache_clear()
+        main([*words, *more])
+        told = capsys.readouterr()
+        assert told.out.startswith(expected) and "1 image without a class left out" in told.err
+        assert "2 damaged images left out, the first: dark/0.png" in told.err
+        assert "1 damaged image left out, the first: light/1.png" in told.err
 
 
 def as_rank(rank, port, words):
