@@ -15,6 +15,16 @@ import parallel
 torch.set_num_threads(1)
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config):
+    """The whole suite is shared out by files to a process for each core; `-n 0` keeps it in one."""
+    whole = config.args_source is config.ArgsSource.TESTPATHS
+    free = getattr(config.option, "numprocesses", 0) is None  # xdist is installed, no -n is given
+    if whole and free and not hasattr(config, "workerinput"):  # those processes come here too
+        config.option.numprocesses, config.option.maxprocesses = "auto", 4
+        config.option.dist = "loadfile"
+
+
 @pytest.fixture(autouse=True)
 def fixed_seeds():
     """Every test starts from the same random state, alone or in any order."""

@@ -1,6 +1,6 @@
 """Every comment `Ablation:` is an instruction that works to the letter.
 
-Run: pytest tests/test_ablations.py        (a minute; helpers are in tests/running.py)
+Run: pytest tests/test_ablations.py        (some ten seconds; helpers are in tests/running.py)
 
 The code in backticks behind `Ablation:` replaces the line below the comment, or the line at whose
 end the comment stands; words like `key=value` go to the command line. Each is followed here in a
@@ -19,8 +19,8 @@ ROOMS = ("images", "weights", "evals", "pictures", "bench", "monitor")
 COMMENT = re.compile(r"Ablation: `(?P<new>[^`]+)`")
 # With these, a step shows each of the changes.
 WORDS = """
-    data.root=synthetic log.every=1000 loss.centering=sinkhorn vit.drop_path=0.5 augment.jitter=1
-    augment.blur=[0.5,0.5,0.5]
+    data.root=synthetic data.synthetic_images=48 log.every=1000 loss.centering=sinkhorn
+    vit.drop_path=0.5 augment.jitter=1 augment.blur=[0.5,0.5,0.5]
 """.split()  # noqa: SIM905
 
 

@@ -259,6 +259,7 @@ def test_killed_between_two_saves_a_distillation_ends_equal_bit_for_bit(tmp_path
 def heads_on_a_rank(folder, changes):
     """Head warm-up and two more steps within the process group of the rank."""
     given = [f"init_from={folder / 'teacher'}", "head_steps=2", "steps=2", "vit.size=micro"]
+    given += ["log.knn=false"]
     line = tiny(folder / f"heads {changes['parallel']}", folder / "photos", *SINKHORN, *given)
     line += ["loss.koleo_all_ranks=true", "vit.drop_path=0", f"parallel={changes['parallel']}"]
     cfg, device = config.load(line[0], line[1:]), torch.device("cpu")

@@ -53,8 +53,8 @@ def test_members_differ_in_what_the_table_says():
         return config.load(ROOT / "config.yaml", ladder.words(member.overrides))
 
     def differ(a, b):
-        keys = [key for key, _ in config.documented() if key]
-        return {key for key in keys if config.lookup(of(a), key) != config.lookup(of(b), key)}
+        keys, a, b = [key for key, _ in config.documented() if key], of(a), of(b)
+        return {key for key in keys if config.lookup(a, key) != config.lookup(b, key)}
 
     dino, ibot, dinov2, registers = family.FAMILY
     assert differ(dino, ibot) == {"loss.ibot", "mask.probability"}

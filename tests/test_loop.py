@@ -157,7 +157,7 @@ def test_five_steps_are_those_of_a_plain_oracle(tmp_path, photos, monkeypatch):
 
 
 def test_all_of_a_batch_but_its_colours_moves_to_the_device():
-    cfg = config.load(ROOT / "tests" / "tiny.yaml", ["data.root=synthetic"])
+    cfg = config.load(ROOT / "tests" / "tiny.yaml", ["data.root=synthetic", *BASE])
     batch = next(data.loader(cfg, open_source("synthetic", cfg)))
     moved = train.to_device(batch, cfg, torch.device("meta"))._asdict()
     stayed = [name for name, x in moved.items() if torch.is_tensor(x) and not x.is_meta]
@@ -165,7 +165,7 @@ def test_all_of_a_batch_but_its_colours_moves_to_the_device():
 
 
 def test_the_teacher_drops_nothing_and_is_no_network_in_training():
-    cfg = config.load(ROOT / "tests" / "tiny.yaml", ["data.root=synthetic"])
+    cfg = config.load(ROOT / "tests" / "tiny.yaml", ["data.root=synthetic", *BASE])
     student, teacher, *_ = train.build(cfg, CPU)
     assert student.training and all(student.backbone.drop_path)
     assert not teacher.training and not any(teacher.backbone.drop_path)
@@ -190,7 +190,7 @@ BASE = """
     batch=4 head.separate=true head.ibot_prototypes=24 head.ibot_bottleneck=12 steps=40
     optim.warmup=12 optim.clip=0.1 optim.layer_decay=0.9 optim.patch_embed_lr=0.5 vit.drop_path=0.5
     teacher.temp_warmup=16 loss.koleo=0.1 vit.init_std=0.02 optim.freeze_last_layer=6 log.every=1000
-    crops.global_size=24 augment.grey=0.5
+    crops.global_size=24 augment.grey=0.5 data.synthetic_images=48
 """.split()  # noqa: SIM905
 CHANGED = {
     "data.root": "{photos}", "data.mean": "[0.4,0.5,0.5]", "data.std": "[0.2,0.25,0.25]",

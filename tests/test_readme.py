@@ -81,7 +81,7 @@ def test_a_training_command_runs(tmp_path, photos, words, monkeypatch):
 
 
 def test_torchrun_is_a_way_to_start_it(tmp_path, photos):
-    words = tiny(tmp_path / "run", photos, "steps=2", "log.knn_every=0")
+    words = tiny(tmp_path / "run", photos, "steps=2", "log.knn=false")
     launch = [sys.executable, "-m", "torch.distributed.run", str(ROOT / "train.py"), *words]
     done = subprocess.run(launch, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr

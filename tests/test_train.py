@@ -8,6 +8,7 @@ Runs are processes of their own. Equal means equal to the last bit: CPU, fp32, o
 import math
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -73,7 +74,7 @@ def refused(capsys, *words):
 def test_killed_at_any_moment_a_run_ends_equal_bit_for_bit(tmp_path, photos, whole, workers):
     out, chance, kills = tmp_path / "run", random.Random(workers), 0
     words = tiny(out, photos, f"data.workers={workers}")
-    for least in range(0, 15, 3):  # lines that the log has before the kill: later and later
+    for least in range(0, 15, 5):  # lines that the log has before the kill: later and later
         attempt = Run(tmp_path, words)
         attempt.wait_for(lambda n=least: len(log_of(out)) >= n)
         attempt.process.join(chance.random() / 10)
@@ -134,7 +135,7 @@ def test_a_finished_run_says_so_and_changes_nothing(tmp_path, photos, whole):
 
 def test_a_run_killed_after_its_last_step_still_makes_its_report(tmp_path, photos, whole):
     out = tmp_path / "run"
-    assert run(tmp_path, tiny(out, photos)).code == 0
+    shutil.copytree(whole, out)
     (out / "summary.json").unlink()
     assert run(tmp_path, tiny(out, photos)).code == 0
     assert (out / "summary.json").exists()
@@ -188,12 +189,12 @@ def test_a_gradient_that_is_not_finite_reaches_neither_weights_nor_disk(
 LEARN = """
     augment.jitter=0 augment.grey=0 augment.blur=[0,0,0] augment.solarize=[0,0,0] vit.drop_path=0
     loss.centering=sinkhorn teacher.temp_warmup=0 teacher.temp=0.04 optim.lr=2e-2 optim.warmup=5
-    log.knn_every=0
+    log.knn=false
 """.split()  # noqa: SIM905
 
 
 def test_the_embedded_images_lower_the_loss_at_once(tmp_path, handlers):
-    words = ["steps=16", "batch=16", "data.synthetic_images=128", "log.knn=false"]
+    words = ["steps=16", "batch=16", "data.synthetic_images=128"]
     train.main(tiny(tmp_path, "synthetic", *LEARN, *words))
     assert not any("knn" in line for line in log_of(tmp_path))
     loss = [line["loss"] for line in log_of(tmp_path) if "loss" in line]
@@ -202,7 +203,7 @@ def test_the_embedded_images_lower_the_loss_at_once(tmp_path, handlers):
 
 def test_two_kinds_of_images_are_worth_one_bit(tmp_path, photos):
     run(tmp_path, tiny(tmp_path / "run", photos, *LEARN, "steps=24", "batch=16"))
-    last = log_of(tmp_path / "run")[-2]
+    last = [line for line in log_of(tmp_path / "run") if "loss" in line][-1]
     # Knowing nothing costs ln 32 nats, knowing dark from light ln 32 - ln 2: most of the way.
     assert last["dino_global"] + last["dino_local"] < math.log(32) - 0.7 * math.log(2)
 
@@ -244,12 +245,13 @@ def test_bad_input_is_one_line_with_the_fix(tmp_path, photos, capsys, handlers, 
 
 def test_more_workers_than_cores_are_no_reason_for_a_warning(tmp_path, photos):
     workers = f"data.workers={os.cpu_count() + 1}"
-    done = run(tmp_path, tiny(tmp_path / "run", photos, workers, "steps=1", "log.knn_every=0"))
+    done = run(tmp_path, tiny(tmp_path / "run", photos, workers, "steps=1", "log.knn=false"))
     assert done.code == 0 and done.err == ""
 
 
 def test_a_number_may_be_written_1e_6(tmp_path, photos):
-    assert run(tmp_path, tiny(tmp_path / "run", photos, "optim.min_lr=1e-6", "steps=1")).code == 0
+    words = ["optim.min_lr=1e-6", "steps=1", "log.knn=false"]
+    assert run(tmp_path, tiny(tmp_path / "run", photos, *words)).code == 0
 
 
 def test_help_explains_every_key_and_no_words_are_an_error(tmp_path):
@@ -278,7 +280,7 @@ def test_the_bare_script_refuses_without_a_traceback():
 
 def test_ctrl_c_under_torchrun_saves(tmp_path, photos, whole):
     out = tmp_path / "run"
-    words = [ROOT / "train.py", *tiny(out, photos, "steps=100000", "log.knn_every=0")]
+    words = [ROOT / "train.py", *tiny(out, photos, "steps=100000", "log.knn=false")]
     launched = subprocess.Popen(
         [sys.executable, "-m", "torch.distributed.run", *map(str, words)],
         stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, start_new_session=True,
