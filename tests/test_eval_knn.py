@@ -294,6 +294,7 @@ def test_another_network_data_set_or_size_has_another_name_in_the_cache(tmp_path
     names.append(fingerprint(net, source, cfg))
     names.append(fingerprint(net, sources([0, 2, 1], [0])[0], config()))  # other labels
     names.append(fingerprint(net, Part(source, [0, 1]), config()))
+    names.append(fingerprint(net, Part(source, [0, 2], [0, 0, 1]), config()))  # labels as before
     source.images[1, 2, 3, 0] ^= 1  # one pixel
     names.append(fingerprint(net, source, config()))
     assert len(set(names)) == len(names)

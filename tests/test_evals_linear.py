@@ -98,7 +98,29 @@ def test_features_are_the_last_cls_tokens_and_the_mean_patch():
     torch.testing.assert_close(x[:, 0], backbone(image))
 
 
+def twelve_images(**options):
+    """What the methods are given: features of a backbone of five blocks and two channels."""
+    target = Target("t", ["a", "b"], torch.arange(12) % 2, None)
+    return SimpleNamespace(
+        backbone=SimpleNamespace(depth=5, dim=2), x_NF=torch.randn(12, 10), targets=[target],
+        device="cpu", o=SimpleNamespace(seed=0, augment=False, **options),
+    )  # fmt: skip
+
+
+def test_the_learning_rate_falls_over_all_iterations(monkeypatch):
+    seen = []
+    monkeypatch.setattr(Probe, "step", lambda self, x, label, done: seen.append(done))
+    eval_linear.linear_probe(twelve_images(iterations=4, batch=2), torch.arange(12))
+    assert seen == [0, 0.25, 0.5, 0.75]
+
+
 # ---- logistic regression ------------------------------------------------------------------------
+
+
+def test_logistic_regression_looks_at_the_last_cls_token_alone():
+    (found,) = eval_linear.logistic_regression(twelve_images(logistic=2), torch.arange(12))
+    used_F = found.weight_HCF.any(dim=0).any(dim=0)
+    assert used_F.tolist() == [False] * 6 + [True] * 2 + [False] * 2  # the mean patch is behind it
 
 
 def noisy_classes(n=60, dim=3, classes=4):

@@ -15,7 +15,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from running import ROOT, make_photos, tensors_of, tiny
+from running import ROOT, log_of, make_photos, tensors_of, tiny
 
 import augment
 import config
@@ -31,7 +31,7 @@ WORDS = """
     steps=5 log.save_every=5 log.knn_every=0 data.val= seed=3 loss.student_temp=0.15 loss.ibot=0.7
     optim.betas=[0.8,0.95] optim.clip=0.5 optim.layer_decay=0.8 optim.patch_embed_lr=0.5
     optim.weight_decay=0.1 teacher.momentum=0.9 mask.probability=0.75 accumulate=2
-    optim.freeze_last_layer=1 loss.center_momentum=0.6
+    optim.freeze_last_layer=1 loss.center_momentum=0.6 crops.global_size=32
 """.split()  # noqa: SIM905
 
 
@@ -107,7 +107,7 @@ def lr_of(name, step):
 
 
 def oracle(cfg, source):
-    """The student, the teacher and the centre of DINO after five steps."""
+    """Student, teacher and centre of DINO after five steps; norms of gradients of the backbone."""
     student, teacher = build_network(cfg, student=True), build_network(cfg, student=False).eval()
     named = dict(student.named_parameters())
     with torch.no_grad():
@@ -116,10 +116,11 @@ def oracle(cfg, source):
     teacher.load_state_dict(student.state_dict())
     centers = {name: SoftmaxCentering(32, 0.6) for name in ("dino", "ibot")}
     state = {name: (torch.zeros_like(p), torch.zeros_like(p)) for name, p in named.items()}
+    norms = []
     for step in range(STEPS):
         crops = images_of(step, source, cfg)
         rng = random.Random(f"3 masks {step}")
-        masks = torch.from_numpy(augment.batch_masks(2 * B, 2, 2, 0.75, (0.1, 0.5), rng))
+        masks = torch.from_numpy(augment.batch_masks(2 * B, 4, 4, 0.75, (0.1, 0.5), rng))
         drop = random.Random(f"3 drop path {step} 0").getrandbits(63)
         drop = torch.Generator().manual_seed(drop)
         temp = 0.04 + (0.07 - 0.04) * min(step / 3, 1)
@@ -128,8 +129,8 @@ def oracle(cfg, source):
             own = [crop[half] for crop in crops]
             (loss_of(student, teacher, centers, own, part, temp, drop) / 2).backward()
         with torch.no_grad():
-            for part in student.children():
-                torch.nn.utils.clip_grad_norm_(part.parameters(), 0.5)
+            own = [torch.nn.utils.clip_grad_norm_(p.parameters(), 0.5) for p in student.children()]
+            norms.append(own[0].item())
             decay = half_cosine(step, 0.1, 0.4, STEPS)
             momentum = half_cosine(step, 0.9, 1.0, STEPS)
             for (name, p), mean in zip(named.items(), teacher.parameters(), strict=True):
@@ -137,7 +138,7 @@ def oracle(cfg, source):
                 adamw(p, state[name], step, lr_of(name, step), 0.0 if free else decay)
                 mean.mul_(momentum).add_(p, alpha=1 - momentum)
                 p.grad = None
-    return student, teacher, centers["dino"].center
+    return student, teacher, centers["dino"].center, norms
 
 
 def test_five_steps_are_those_of_a_plain_oracle(tmp_path, photos, monkeypatch):
@@ -145,9 +146,11 @@ def test_five_steps_are_those_of_a_plain_oracle(tmp_path, photos, monkeypatch):
     words = tiny(tmp_path / "run", photos, *WORDS)
     train.main(words)
     cfg = config.load(words[0], words[1:])
-    student, teacher, center = oracle(cfg, open_source(str(photos), cfg))
+    student, teacher, center, norms = oracle(cfg, open_source(str(photos), cfg))
     found = tensors_of(tmp_path / "run")
     assert torch.allclose(found["centers.dino.center"], center, atol=1e-6)
+    logged = [line["grad_backbone"] for line in log_of(tmp_path / "run") if "loss" in line]
+    assert logged == pytest.approx(norms, rel=1e-3)  # Adam and the clipping would hide a factor
     for part, network in ("student", student), ("teacher", teacher):
         for name, value in network.state_dict().items():
             assert torch.allclose(found[f"{part}.{name}"], value, atol=2e-5), f"{part}.{name}"
