@@ -26,7 +26,7 @@ import numpy as np
 
 from config import UserError, replace_text
 from images.reader import EXTENSIONS, reason
-from parallel import progress, warn
+from parallel import progress, warn_once
 
 # Folders that storage and operating systems leave behind: previews, and what was thrown away.
 JUNK = {"@eaDir", "__MACOSX", "#recycle", "$RECYCLE.BIN", "System Volume Information", "lost+found"}
@@ -98,7 +98,7 @@ def find_images(root):
     found, seen, left_out = [], set(), Counter()
 
     def unreadable(error):
-        warn(f"{error.filename} is left out: {error.strerror}")
+        warn_once(f"{error.filename} is left out: {error.strerror}")
         left_out["unreadable folder"] += 1
 
     walk = os.walk(root, onerror=unreadable, followlinks=True)
@@ -145,7 +145,7 @@ def index_list(path):
         if number == 1 and "path" in (titles := [cell.lower() for cell in row]):
             columns = [titles.index(t) if t in titles else len(row) for t in ("path", "label")]
             if len(row) > 1 and "label" not in titles:
-                warn(f"{path}: no column is called `label`, so no image has a class")
+                warn_once(f"{path}: no column is called `label`, so no image has a class")
         elif any(row):
             name, label = (row[c] if c < len(row) else "" for c in columns)
             if not name:
@@ -181,7 +181,7 @@ def index_array(path):
         held = ", ".join(f"{name} {a.shape}" for name, a in arrays.items()) or "nothing"
         raise UserError(f"{path}: holds {held}; expected one array of images (N, H, W, C)")
     images = arrays.pop(images[0])
-    if not len(images) or images.dtype.name not in KINDS:
+    if not images.size or images.dtype.name not in KINDS:
         found = f"{len(images)} images of {images.dtype}"
         raise UserError(f"{path}: {found}; save them as uint8, uint16, int16 or float32")
     images = images if images.ndim == 4 else images[..., None]
@@ -314,7 +314,9 @@ def members(path, left_out):
             if file.read(512) != bytes(512):  # a whole tar ends in empty blocks
                 raise tarfile.ReadError("its end is missing")
     except tarfile.ReadError as error:
-        warn(f"{path} is truncated or not an uncompressed tar ({error}): what comes before is used")
+        warn_once(
+            f"{path} is truncated or not an uncompressed tar ({error}): what comes before is used"
+        )
         left_out["truncated shard"] += 1
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None

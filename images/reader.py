@@ -128,7 +128,7 @@ def fit(pixels, channels, colours=0, opacity=False):
     opacity  may be added, as full
     """
     pixels = pixels[:, :, None] if pixels.ndim == 2 else pixels
-    if pixels.ndim != 3:
+    if pixels.ndim != 3 or not pixels.size:
         raise ValueError(f"shape {pixels.shape}; one image (H, W, C) is expected")
     found = pixels.shape[2]
     if channels in (None, found):

@@ -33,7 +33,7 @@ from torch.utils.data import DataLoader
 
 from config import UserError
 from images.reader import other_channels, plain, read_image, reason
-from parallel import warn
+from parallel import warn_once
 
 LISTS = (".txt", ".csv", ".tsv")
 ARRAYS = (".npy", ".npz")
@@ -149,18 +149,14 @@ def open_synthetic(split, count):
     return Arrays(images, labels, synthetic.CLASSES, f"synthetic {split} ")
 
 
-def open_array(path):
-    from images.index import index_array
-
-    images, index = index_array(path)
-    return Arrays(images, index.labels, index.classes, path.name)
-
-
 def open_files(root, cfg, key):
-    """A folder, a list or shards."""
-    from images.index import index_folder, index_list, index_shards
+    """A folder, a list, shards or an array."""
+    from images.index import index_array, index_folder, index_list, index_shards
 
     path = Path(root)
+    if path.suffix.lower() in ARRAYS:
+        images, index = index_array(path)
+        return Arrays(images, index.labels, index.classes, path.name)
     if path.is_dir():
         index, shards = index_folder(path), sorted(path.glob("*.tar"))
         # Where a folder holds both, the fewer are strays: one tar hides no pictures.
@@ -169,9 +165,7 @@ def open_files(root, cfg, key):
             index.left_out.update({"pictures beside shards": strays} if strays else {})
             words = {word for path in shards for word in re.split("[^a-z]+", path.stem.lower())}
             if "train" in words and words & {"val", "validation", "test"}:
-                warn(
-                    f"{root}: shards of several splits, all are used; name some: {root}/*train*.tar"
-                )
+                warn_once(f"{root}: shards of several splits; to use some: {root}/*train*.tar")
     elif shards := expand(root):
         index = index_shards(shards)
     elif path.is_file() and path.suffix.lower() in LISTS:
@@ -220,9 +214,7 @@ def open_source(root, cfg, split="train", key="data.root"):
     if root == "synthetic":
         source = open_synthetic(split or "train", cfg.data.synthetic_images)
     else:
-        root = split_folder(root, split)
-        is_array = root.lower().endswith(ARRAYS)
-        source = open_array(Path(root)) if is_array else open_files(root, cfg, key)
+        source = open_files(split_folder(root, split), cfg, key)
     if isinstance(source, Arrays) and source.images.shape[3] != channels:
         shape = source.images.shape
         fix = other_channels(shape[3], channels, f" in {shape}")
@@ -235,7 +227,7 @@ def open_source(root, cfg, split="train", key="data.root"):
         pixels, *_ = read_or_next(source, 0)
         low, high = pixels.min(), pixels.max()
         if low < 0 or (high > 1 and pixels.dtype.kind == "f"):
-            warn(
+            warn_once(
                 f"{root}: values from {low:g} to {high:g}, of which changes of colour keep 0 to 1: "
                 "divide them, or set augment.jitter=0 and augment.solarize=[0,0,0]"
             )

@@ -10,6 +10,7 @@ import tarfile
 import numpy as np
 import pytest
 
+import parallel
 from config import UserError
 from images import index
 from images.index import find_images, index_folder, index_list, index_shards
@@ -266,6 +267,7 @@ def test_a_truncated_shard_gives_its_good_part_and_a_warning(tmp_path, capsys):
     size = 512 + 1024  # of a member: its header and its padded content
     for cut, good in [(4 * size, 4), (4 * size - 400, 3), (3 * size + 100, 3), (size + 512, 1)]:
         path.write_bytes(whole[:cut])
+        parallel.warn_once.cache_clear()
         found = index_shards([path])
         assert len(found.ends) == good and found.left_out == {"truncated shard": 1}
         assert "is truncated" in capsys.readouterr().err

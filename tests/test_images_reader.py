@@ -178,6 +178,14 @@ def test_values_without_a_place_are_named_with_their_range():
             read_image(tiff(np.full(SHAPE, bad, np.float32)), 1)
 
 
+@pytest.mark.parametrize("shape", [(0, 5, 3), (5, 0, 3), (4, 5, 6, 3), (3,)])
+def test_an_array_that_is_no_image_is_damage(shape):
+    file = io.BytesIO()
+    np.save(file, np.zeros(shape, np.uint8))
+    with pytest.raises(ValueError, match=r"one image .* is expected"):
+        read_image(file.getvalue())
+
+
 def test_where_zero_is_white_it_is_turned_round():
     pixels = values(np.uint16, 1)
     read = read_image(tiff(pixels[:, :, 0], photometric="miniswhite"), 1)

@@ -101,7 +101,7 @@ def test_shards_of_several_splits_in_one_folder_are_told(tmp_path, capsys):
     assert len(open_source(tmp_path / "my-train-*.tar", Config())) == 2
     assert not capsys.readouterr().err
     open_source(tmp_path, Config())
-    assert "shards of several splits, all are used" in capsys.readouterr().err
+    assert "shards of several splits; to use some" in capsys.readouterr().err
 
 
 def test_braces_name_a_row_of_shards(tmp_path):
