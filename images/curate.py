@@ -149,7 +149,9 @@ def curate(pool, curated, against, o):
         return [Fate(KEPT) if f.kind == REJECTED else f for f in fate]
     left = [i for i in range(n) if fate[i].kind == REJECTED]
     if not left:
-        raise UserError(f"nothing of {o.pool} is left to choose from; see {o.out}/why.csv")
+        raise UserError(
+            f"{o.pool}: nothing is left to choose from: against={o.against} shows it all"
+        )
     queries = [(c, i) for c in curated for i in np.flatnonzero(c.readable).tolist()]
     query_MD, base_ND = torch.stack([c.features[i] for c, i in queries]), pool.features[left]
     for at, (query, cosine) in retrieve(query_MD, base_ND, o.keep).items():

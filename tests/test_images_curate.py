@@ -167,6 +167,7 @@ BAD = [
     (["backbone={b}", "out={o}", "keep=many"], "keep must be a whole number, got many"),
     (["backbone={b}", "out={o}", "likeness=7"], "must be from 0 to 1"),
     (["backbone={b}", "out={o}", "size=50"], "size=50 is not a multiple of 8 px"),
+    (["backbone={b}", "out={o}", "curated={p}", "against={p}"], "pool shows it all"),
     (["backbone={b}", "out={p}/a00.png/x"], "cannot be written"),
 ]
 
