@@ -175,9 +175,7 @@ def write_network(backbone, path, size, about):
             names = {"input_names": ["images"], "output_names": ["cls", "patches"]}
             model = torch.onnx.export(program, (), verbose=False, **names)
             model.model.metadata_props[OURS] = about
-            # One ONNX file holds 2 GB; larger networks have their weights in PATH.data beside it.
-            large = sum(4 * value.numel() for value in backbone.parameters()) > 2**30
-            model.save(path, external_data=large)
+            model.save(path)  # one file holds 2 GB: what is larger lies in PATH.data beside it
     shown = "any height and width" if free else f"{size[0]} x {size[1]} px"
     return f"{path} for images of {shown}"
 
