@@ -100,10 +100,10 @@ def test_features_are_the_last_cls_tokens_and_the_mean_patch():
 
 def twelve_images(**options):
     """What the methods are given: features of a backbone of five blocks and two channels."""
-    target = Target("t", ["a", "b"], torch.arange(12) % 2, None)
     return SimpleNamespace(
-        backbone=SimpleNamespace(depth=5, dim=2), x_NF=torch.randn(12, 10), targets=[target],
-        device="cpu", o=SimpleNamespace(seed=0, augment=False, **options),
+        backbone=SimpleNamespace(depth=5, dim=2), x_NF=torch.randn(12, 10), classes=["a", "b"],
+        label_N=torch.arange(12) % 2, device="cpu",
+        o=SimpleNamespace(seed=0, augment=False, **options),
     )  # fmt: skip
 
 
@@ -118,7 +118,7 @@ def test_the_learning_rate_falls_over_all_iterations(monkeypatch):
 
 
 def test_logistic_regression_looks_at_the_last_cls_token_alone():
-    (found,) = eval_linear.logistic_regression(twelve_images(logistic=2), torch.arange(12))
+    found = eval_linear.logistic_regression(twelve_images(logistic=2), torch.arange(12))
     used_F = found.weight_HCF.any(dim=0).any(dim=0)
     assert used_F.tolist() == [False] * 6 + [True] * 2 + [False] * 2  # the mean patch is behind it
 
