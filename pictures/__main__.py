@@ -2,8 +2,9 @@
 
     python -m pictures curves     RUN [RUN ...]    losses, k-NN, signs of health over the run; pale
                                                    beside it, those of other runs or logs (.jsonl)
-    python -m pictures neighbours RUN [IMAGE ...]  the most similar images of a data set; without
-                                                   IMAGE of held-out ones, before and after training
+    python -m pictures neighbours RUN [IMAGE ...]  the images most like these, as similar.png;
+                                                   without IMAGE like held-out ones, before and
+                                                   after training
     python -m pictures match      RUN IMAGE IMAGE  which places of two images belong together
     python -m pictures pca        RUN IMAGE ...    patch features as colours
     python -m pictures attention  RUN IMAGE ...    what [CLS] and each register look at
@@ -242,6 +243,8 @@ def main(argv):
         raise UserError(f"write `python -m pictures {command} {usage}`; --help says more")
     run, *files = words
     name = f"{command}.{'gif' if command == 'animation' else 'png'}"
+    if command == "neighbours" and files:
+        name = "similar.png"  # the other is what the run itself has drawn
     path = Path(o.out) if o.out else Path(run if Path(run).is_dir() else "", name)
     print(f"wrote {drawn(run, files, o, path)}")
 

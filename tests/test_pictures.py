@@ -115,9 +115,9 @@ def test_an_image_matches_itself_and_pck_says_so(draw):
 def test_neighbours_find_the_query_itself_first(draw, place):
     photos = make_photos(place / "photos")
     query = sorted(photos.glob("train/dark/*.png"))[3]
-    said = draw("neighbours", "run", query, f"data={photos}", "count=3", "out=n.png")
-    assert said == "wrote n.png\n"
-    sheet = np.asarray(Image.open("n.png"))
+    said = draw("neighbours", "run", query, f"data={photos}", "count=3")
+    assert said == "wrote run/similar.png\n"  # the run's own neighbours.png stays as it is
+    sheet = np.asarray(Image.open("run/similar.png"))
     assert sheet.shape[1] == 6 + 110 + 18 + 3 * 110
     assert (sheet[28:117, 6:110] == sheet[28:117, 134:238]).all()
     assert (sheet[28:117, 6:110] != sheet[28:117, 244:348]).any()
