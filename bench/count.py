@@ -19,7 +19,7 @@ import torch
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
-from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
+from torch.utils.flop_counter import flop_registry
 from torch.utils.module_tracker import ModuleTracker
 from torch.utils.weak import WeakIdKeyDictionary
 
@@ -45,14 +45,15 @@ GATHERS = ("index_select", "index", "gather")
 SCATTERS = ("index_add", "index_add_")
 FILLS = ("copy_", "fill_", "zero_")  # do not read what they overwrite
 
-# PyTorch knows the FLOPs of the fused attention of GPUs, but not of a CPU's.
-attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-attention_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+# PyTorch knows the FLOPs of the fused attention of GPUs; a CPU's has the same.
+aten = torch.ops.aten
 FLOPS = flop_registry | {
-    attention: lambda q, k, v, *_, out_val=None, **__: sdpa_flop_count(q.shape, k.shape, v.shape),
-    attention_backward: lambda grad, q, k, v, *_, out_val=None, **__: sdpa_backward_flop_count(
-        grad.shape, q.shape, k.shape, v.shape
-    ),
+    aten._scaled_dot_product_flash_attention_for_cpu: flop_registry[
+        aten._scaled_dot_product_flash_attention
+    ],
+    aten._scaled_dot_product_flash_attention_for_cpu_backward: flop_registry[
+        aten._scaled_dot_product_flash_attention_backward
+    ],
 }
 
 

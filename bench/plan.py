@@ -114,16 +114,11 @@ def empty_parts(cfg, images):
 
 def filled(parts, device):
     """The micro-batches with (black) pixels, on a device."""
-    return [
-        part._replace(
-            global_crops=torch.zeros_like(part.global_crops, device=device),
-            local_crops=torch.zeros_like(part.local_crops, device=device),
-            masks=part.masks.to(device, copy=True),
-            mask_indices=part.mask_indices.to(device, copy=True),
-            mask_weights=part.mask_weights.to(device, copy=True),
-        )
-        for part in parts
-    ]
+
+    def put(x):
+        return torch.zeros_like(x, device=device) if x.is_meta else x.to(device, copy=True)
+
+    return [data.Batch(*map(put, part[:-1]), part.skipped) for part in parts]
 
 
 def compute_gradients(cfg, model, teacher, centers, parts):
