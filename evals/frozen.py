@@ -15,7 +15,7 @@ from config import UserError
 from images import evaluation
 from images.sources import read_or_next
 from parallel import counted, dtype_of, in_order, progress, ranks, warn_once
-from vit import assign
+from vit import SIZES, assign
 from weights.load import load_backbone
 
 FEW = 100  # test images; below, one of them is more than a point
@@ -39,10 +39,12 @@ def settle(cfg, words, backbone, title, batch=0):
     # Those of the training are of no use here: ranks only share out the images.
     world = int(os.environ.get("WORLD_SIZE", 1))
     cfg.parallel, cfg.batch, cfg.accumulate = "ddp" if world > 1 else "none", batch or world, 1
-    config.check(cfg)
     for key, value in vars(before).items():
         if (now := getattr(cfg.vit, key)) != value:
             raise UserError(f"vit.{key}={now}, but {title} has {value}: leave the key out")
+    if cfg.vit.size not in SIZES:  # a file of others; nothing is built from this key here
+        cfg.vit.size = "nano"
+    config.check(cfg)
     if cfg.data.channels != (reads := backbone.patch_embed.proj.in_channels):
         raise UserError(f"data.channels={cfg.data.channels}, but {title} reads {reads}: "
                         f"give images of {reads} channels")  # fmt: skip

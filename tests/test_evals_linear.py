@@ -29,6 +29,7 @@ from evals.logistic import logistic_path, objective, penalties
 from evals.probe import Candidates, Probe, feature_sets
 from images.held_out import divide
 from images.sources import Arrays
+from pictures import __main__ as pictures
 from vit import VisionTransformer, build_backbone
 from weights import checkpoint
 
@@ -412,6 +413,28 @@ def test_every_program_counts_the_same_images(place, tmp_path, capsys):
         assert told.out.startswith(expected) and "1 image without a class left out" in told.err
         assert "2 damaged images left out, the first: dark/0.png" in told.err
         assert "1 damaged image left out, the first: light/1.png" in told.err
+
+
+def test_a_file_of_dino_is_probed_and_its_attention_drawn(place, tmp_path, capsys):
+    net = VisionTransformer((128, 2, 2, "mlp"), 8, image_size=16)  # no LayerScale, as DINO
+    names = {f"module.backbone.{n}": v for n, v in net.state_dict().items() if n != "mask_token"}
+    path, saved = tmp_path / "dino_x_pretrain.pth", tmp_path / "c.pt"
+    torch.save({"student": {}, "teacher": names, "epoch": 1}, path)
+    photos = place / "photos"
+    eval_linear.main([str(path), f"data.root={photos}", f"save={saved}", *QUICK])
+    assert "30 training, 10 test images, 2 classes" in capsys.readouterr().out
+    eval_linear.main(["predict", str(saved), str(photos), f"out={tmp_path / 'x.csv'}"])
+    image = str(photos / "val" / "dark" / "0.png")
+    pictures.main(["attention", str(path), image, f"out={tmp_path / 'x.png'}"])
+    assert Image.open(tmp_path / "x.png").width > 400  # the image, the mean and both heads
+
+
+def test_a_list_holds_the_answers_to_a_question(place, tmp_path, capsys):
+    photos = sorted((place / "photos" / "train").rglob("*.png"))
+    lines = [f"{path},{['red', 'blue'][i % 2]}" for i, path in enumerate(photos)]
+    (tmp_path / "colour.csv").write_text("\n".join(lines))
+    eval_linear.main([str(place / "run"), f"data.root={tmp_path / 'colour.csv'}", *QUICK])
+    assert "26 training, 4 test images, 2 classes (blue, red)" in capsys.readouterr().out
 
 
 def as_rank(rank, port, words):
