@@ -11,6 +11,7 @@ operations   of each kernel the bytes: what it is given and what it makes, each 
              Q K^T in the backward pass of fused attention).
 """
 
+import contextlib
 import weakref
 from typing import NamedTuple
 from unittest import mock
@@ -58,12 +59,17 @@ FLOPS = flop_registry | {
 
 
 class Counter(TorchDispatchMode):
-    """Counts while it is entered, see above. mark(name) names what no module claimed so far."""
+    """Counts while it is entered, see above. mark(name) names what no module claimed so far.
 
-    def __init__(self, watch=lambda: None):  # called at each operation
+    watch() is called at each operation. by_part: ModuleTracker, which knows the module of each,
+    keeps alive what activation checkpointing computes again, so the peak is then too high.
+    """
+
+    def __init__(self, watch=lambda: None, by_part=True):
         super().__init__()
         self.cells = WeakIdKeyDictionary()  # storage -> [its bytes]
-        self.alive, self.watch, self.modules = 0, watch, ModuleTracker()
+        self.alive, self.watch = 0, watch
+        self.modules = ModuleTracker() if by_part else contextlib.nullcontext()
         self.restart()
 
     def restart(self):
@@ -131,7 +137,7 @@ class Counter(TorchDispatchMode):
     def part(self, operation):
         if operation == "_to_copy":
             return "casts"
-        around = self.modules.parents
+        around = getattr(self.modules, "parents", ())
         part = next((PARTS[key] for key in PARTS if any(key in name for name in around)), "")
         if operation in GATHERS + SCATTERS and any(".blocks" in name for name in around):
             return "stochastic depth"

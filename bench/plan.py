@@ -158,12 +158,20 @@ def pretended(cfg, world, device):
 def plan_step(cfg, world, device="cuda"):
     """Run train.py's step as rank 0 of `world`, on tensors without memory -> Plan."""
     check_batch(cfg, world)
+    plan = count_step(cfg, world, device)
+    if cfg.activation_checkpointing != "none":
+        plan = plan._replace(peak=count_step(cfg, world, device, by_part=False).peak)
+    return plan
+
+
+def count_step(cfg, world, device, by_part=True):
+    """The Plan by one Counter."""
     parts, bar = empty_parts(cfg, cfg.batch // world), progress(unit=" operations", desc="a step")
     with contextlib.ExitStack() as stack:
         stack.enter_context(pretended(cfg, world, device))
         networks = train.outline(cfg)
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
-        counter = stack.enter_context(Counter(stack.enter_context(bar).update))
+        counter = stack.enter_context(Counter(stack.enter_context(bar).update, by_part))
         with mock.patch.object(train, "materialize", lambda net, cpu, _: net.to_empty(device=cpu)):
             student, teacher, centers, optimizer = train.build(cfg, "cpu", networks)
         # A first update makes the optimiser's moments, and DTensor asks once for the shapes of
