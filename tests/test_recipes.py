@@ -3,6 +3,7 @@
 Run: pytest tests/test_recipes.py
 """
 
+import json
 import re
 import sys
 
@@ -75,6 +76,15 @@ def test_warm_up_and_frozen_prototypes_are_a_small_part_of_the_run(name):
     assert 0.02 <= cfg.optim.warmup / cfg.steps <= 0.2
     assert cfg.optim.freeze_last_layer < cfg.optim.warmup
     assert cfg.teacher.temp_warmup < cfg.steps / 2
+
+
+def test_the_log_of_the_default_run_gives_the_figures_of_its_card():
+    lines = (ROOT / "docs" / "runs" / "default-0.jsonl").read_text(encoding="utf-8").splitlines()
+    first, *_, last = [line for line in map(json.loads, lines) if "knn" in line]
+    said = f"{last['knn']:.1f} % from {first['knn_random']:.1f} %"
+    for page in ("config.yaml", "docs/runs/README.md"):
+        text = (ROOT / page).read_text(encoding="utf-8")
+        assert said in text or said.replace(" from", ",") in text
 
 
 def test_the_table_of_tries_is_that_of_the_results():
