@@ -59,12 +59,12 @@ class Network(nn.Module):
         rng, kept     stochastic depth, see VisionTransformer.forward_features
         """
         masks = [masks] + [None] * (len(crops) - 1)
-        features = self.backbone(crops, masks, is_training=True, rng=rng, kept=kept)
-        cls = torch.cat([f["x_norm_clstoken"] for f in features])
-        large = features[0]["x_norm_clstoken"]
+        none = crops[0].new_empty(0, dtype=torch.long)
+        wanted = none if mask_indices is None else mask_indices
+        cls, patches = self.backbone(crops, masks, True, rng, kept, wanted)
+        large = cls[: len(crops[0])]
         if mask_indices is None:
             return Output(large, self.dino_head(cls), None)
-        patches = features[0]["x_norm_patchtokens"].flatten(0, 1).index_select(0, mask_indices)
         if hasattr(self, "ibot_head"):
             return Output(large, self.dino_head(cls), self.ibot_head(patches))
         scores = self.dino_head(torch.cat((cls, patches)))

@@ -279,7 +279,8 @@ def wrap(network, cfg, train):
     """
     for block in network.backbone.blocks if train else ():
         checkpoint_activations(block, cfg.activation_checkpointing)
-    for block in network.backbone.blocks if compiles(cfg) else ():
+    # The last block has other numbers of rows in each step, and would be compiled anew for these.
+    for block in network.backbone.blocks[:-1] if compiles(cfg) else ():
         block.compile()  # in place: parameter names stay clean, which torch.compile() would change
     if cfg.parallel == "fsdp":
         shard(network, cfg, train)
@@ -292,29 +293,20 @@ def checkpoint_activations(block, mode):
     full keeps only the block's input. selective also keeps the results of matrix products and
     attention, so that little is computed twice.
     """
-    from torch.utils.checkpoint import (
-        CheckpointPolicy,
-        checkpoint,
-        create_selective_checkpoint_contexts,
-    )
+    from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
     if mode == "none":
         return
     aten = torch.ops.aten
-    expensive = {
+    expensive = [
         aten.mm.default,
         aten.addmm.default,
         aten._scaled_dot_product_flash_attention.default,
         aten._scaled_dot_product_efficient_attention.default,
         aten._scaled_dot_product_cudnn_attention.default,
         aten._scaled_dot_product_flash_attention_for_cpu.default,
-    }
-
-    def keep_expensive(ctx, op, *args, **kwargs):
-        keep = op in expensive
-        return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
-
-    context = {"context_fn": lambda: create_selective_checkpoint_contexts(keep_expensive)}
+    ]
+    context = {"context_fn": lambda: create_selective_checkpoint_contexts(expensive)}
     extra = context if mode == "selective" else {}
     forward = block.forward
     # Stochastic depth is drawn outside the block, so recomputing needs no random state.

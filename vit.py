@@ -154,7 +154,8 @@ class LayerScale(nn.Module):
 class Block(nn.Module):
     """One transformer block over packed tokens: x + gamma * attn(norm(x)), then the same with mlp.
 
-    `kept` says for each of the two branches which images stochastic depth keeps; None is all.
+    kept    which images stochastic depth keeps, for each of the two branches; None is all
+    wanted  (W,) different rows: after the attention branch only these tokens go on
     """
 
     def __init__(self, dim, heads, hidden, ffn, layerscale):
@@ -172,10 +173,15 @@ class Block(nn.Module):
     def feed_forward_branch(self, x, packing):
         return self.mlp(self.norm2(x), self.ls2.gamma)
 
-    def forward(self, x, packing, kept=(None, None)):
+    def forward(self, x, packing, kept=(None, None), wanted=None):
         # Ablation: `first = second = None` trains without stochastic depth.
         first, second = kept
         x = add_branch(x, self.attention_branch, packing, first)
+        # Tokens meet in attention only. Behind the last one, those that no loss reads are dead.
+        if wanted is not None:
+            x = x.index_select(0, wanted)
+            scale = second[-1].index_select(0, wanted) if second else 1  # 0: a dropped image
+            return (x + scale * self.feed_forward_branch(x, packing)).to(x.dtype)
         return add_branch(x, self.feed_forward_branch, packing, second)
 
 
@@ -370,12 +376,15 @@ class VisionTransformer(nn.Module):
             for rate in self.drop_path
         ]
 
-    def forward_features(self, x, masks=None, rng=None, kept=None):
+    def forward_features(self, x, masks=None, rng=None, kept=None, patches=None):
         """One crop size, or a list of them in one packed pass.
 
         x, masks   (B, C, H, W) and (B, N) bool or None; or a list of each
         rng, kept  training with drop_path only: a CPU torch.Generator for stochastic depth, or the
                    subsets themselves, as `draw_kept` returns them
+        patches    (P,) different rows of the flattened (B * N) patches of the first crop size. With
+                   it, return less for less work: the normalised [CLS] of all crops, one row each,
+                   and these patches (P, D).
         Returns a dict (a list of dicts for a list) with x_norm_clstoken (B, D), x_norm_regtokens
         (B, R, D), x_norm_patchtokens (B, N, D), x_prenorm (B, T, D) and masks.
         """
@@ -388,15 +397,19 @@ class VisionTransformer(nn.Module):
         if kept is None and self.training and any(self.drop_path):
             kept = self.draw_kept(groups, rng)
         kept = kept and packed_rows(kept, packing, x_MD.device)
+        wanted = None
+        if patches is not None:  # number the tokens, and pick numbers as one would pick tokens
+            numbers = unpacked(torch.arange(len(x_MD), device=x_MD.device), groups)
+            rows = numbers[0][:, 1 + self.registers :].flatten()[patches]
+            wanted = torch.cat((*(number_BT[:, 0] for number_BT in numbers), rows))
         for i, block in enumerate(self.blocks):
             # A rate of 0 needs no gathering: the plain path gives the same.
-            x_MD = block(x_MD, packing, kept[i] if kept and self.drop_path[i] else (None, None))
-        rows = [B * T for B, T in groups]
-        norms, prenorms = self.norm(x_MD).split(rows), x_MD.split(rows)
-        outputs = [
-            self.split_tokens(norm.unflatten(0, group), prenorm.unflatten(0, group), mask)
-            for norm, prenorm, group, mask in zip(norms, prenorms, groups, masks, strict=True)
-        ]
+            keep = kept[i] if kept and self.drop_path[i] else (None, None)
+            x_MD = block(x_MD, packing, keep, wanted if i == self.depth - 1 else None)
+        if patches is not None:
+            return self.norm(x_MD).split((len(x_MD) - len(patches), len(patches)))
+        norms, prenorms = unpacked(self.norm(x_MD), groups), unpacked(x_MD, groups)
+        outputs = [self.split_tokens(*each) for each in zip(norms, prenorms, masks, strict=True)]
         return outputs if isinstance(x, list) else outputs[0]
 
     def split_tokens(self, norm, prenorm, mask):
@@ -410,9 +423,9 @@ class VisionTransformer(nn.Module):
             "masks": mask,
         }
 
-    def forward(self, x, masks=None, is_training=False, rng=None, kept=None):
+    def forward(self, x, masks=None, is_training=False, rng=None, kept=None, patches=None):
         """The normalised [CLS] token (B, D); with is_training, what `forward_features` returns."""
-        features = self.forward_features(x, masks, rng, kept)
+        features = self.forward_features(x, masks, rng, kept, patches)
         return features if is_training else features["x_norm_clstoken"]
 
     def get_intermediate_layers(self, x, n=1, reshape=False, return_class_token=False, norm=True):
@@ -437,6 +450,12 @@ class VisionTransformer(nn.Module):
         return tuple(layers)
 
 
+def unpacked(x_M, groups):
+    """Views of each crop size's tokens in a packed row: (M, ..) -> (B, T, ..) of each."""
+    parts = x_M.split([B * T for B, T in groups])
+    return [part.unflatten(0, group) for part, group in zip(parts, groups, strict=True)]
+
+
 def packed_rows(kept, packing, device):
     """Kept images as rows of tokens: what add_branch takes as `kept`, for all blocks and branches.
 
@@ -455,18 +474,16 @@ def packed_rows(kept, packing, device):
 def rows_of_branches(branches, packing, device):
     """packed_rows for b branches that keep equally many images; indices are moved together."""
     M = sum(B * T for B, T in packing.groups)
-    rows, groups, first = [], [], 0
+    rows, groups, numbers = [], [], unpacked(torch.arange(M, device=device), packing.groups)
     scale_bM = torch.zeros(len(branches), M, device=device)
-    for (B, T), *images in zip(packing.groups, *branches, strict=True):
+    for number_BT, *images in zip(numbers, *branches, strict=True):
         image_bk = torch.stack(images)
         if device.type == "cuda" and not image_bk.is_cuda:
             image_bk = image_bk.pin_memory()  # so that nobody waits for the copy
         image_bk = image_bk.to(device, non_blocking=True)
-        row_bkT = first + T * image_bk.unsqueeze(2) + torch.arange(T, device=device)
-        rows.append(row_bkT.flatten(1))
-        scale_bM.scatter_(1, rows[-1], B / image_bk.shape[1])
-        groups.append((image_bk.shape[1], T))
-        first += B * T
+        rows.append(number_BT[image_bk].flatten(1))
+        scale_bM.scatter_(1, rows[-1], len(number_BT) / image_bk.shape[1])
+        groups.append((image_bk.shape[1], number_BT.shape[1]))
     rows_bm = torch.cat(rows, dim=1)
     place_bm = torch.arange(rows_bm.shape[1], device=device).expand_as(rows_bm)
     place_bM = torch.zeros_like(scale_bM, dtype=torch.long).scatter_(1, rows_bm, place_bm)

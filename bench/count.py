@@ -140,7 +140,7 @@ class Counter(TorchDispatchMode):
         around = getattr(self.modules, "parents", ())
         part = next((PARTS[key] for key in PARTS if any(key in name for name in around)), "")
         if operation in GATHERS + SCATTERS and any(".blocks" in name for name in around):
-            return "stochastic depth"
+            return "gathers"
         return part
 
     def mark(self, name):

@@ -180,8 +180,9 @@ python -m bench.plan {shown}
 {table}
 ```
 
-"Stochastic depth" gathers the kept images and adds them back, "casts" are weights and gradients
-between fp32 and bf16, "residual sums" also hold the factor batch / kept, "tokens" embeds patches.
+"Gathers" take the images that stochastic depth keeps and add them back, and take the tokens that
+the last feed-forward layer computes; "casts" are weights and gradients between fp32 and bf16,
+"residual sums" also hold the factor batch / kept, "tokens" embeds patches.
 
 ## What it says of the large set-ups
 

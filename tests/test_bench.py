@@ -21,6 +21,7 @@ from config import UserError
 
 CPU = torch.device("cpu")
 SMALL = ["batch=4", "attention=plain", "loss.koleo=0", "mask.probability=1"]
+SMALL += ["mask.ratio=[0.5,0.5]"]  # as many patches in every step
 
 
 @pytest.fixture(scope="module")

@@ -169,6 +169,41 @@ def test_gradients_of_one_packed_pass_equal_those_of_separate_passes():
         close(a, b, 1e-5 * (1 + b.abs().max().item()))
 
 
+@pytest.mark.parametrize("drop_path", [0.0, 0.5])
+@pytest.mark.parametrize("depth, registers", [(2, 3), (1, 0)])
+def test_wanted_tokens_alone_are_those_of_the_whole_pass_with_their_gradients(
+    drop_path, depth, registers
+):
+    size = (16, depth, 2, "swiglu")
+    vit = VisionTransformer(size, 4, 16, 3, registers, drop_path=drop_path, init_std=0).train()
+    crops = [torch.randn(B, 3, side, side) for B, side in ((4, 16), (5, 8), (3, 12))]
+    masks, patches = [torch.rand(4, 16) < 0.3, None, None], torch.randperm(64)[:19]
+    kept = vit.draw_kept([(len(c), None) for c in crops])
+    all_tokens = vit(crops, masks, True, kept=kept)
+    cls = torch.cat([f["x_norm_clstoken"] for f in all_tokens])
+    whole = cls, all_tokens[0]["x_norm_patchtokens"].flatten(0, 1)[patches]
+    alone = vit(crops, masks, True, kept=kept, patches=patches)
+    target = torch.randn(12 + 19, 16)
+    for got, expected in zip(alone, whole, strict=True):
+        close(got, expected, 1e-5)
+    losses = [(torch.cat(tokens) * target).sum() for tokens in (alone, whole)]
+    grads = [torch.autograd.grad(loss, list(vit.parameters())) for loss in losses]
+    for got, expected in zip(*grads, strict=True):
+        assert expected.any()
+        close(got, expected, 1e-5 * (1 + expected.abs().max().item()))
+
+
+def test_only_wanted_tokens_pass_the_last_feed_forward_layer():
+    vit, rows = VisionTransformer((16, 3, 2, "mlp"), 4, 16, registers=2), []
+    for module in (*(block.mlp for block in vit.blocks), vit.norm):
+        module.register_forward_hook(lambda module, given, out: rows.append(len(out)))
+    crops, patches = [torch.randn(2, 3, 16, 16), torch.randn(5, 3, 8, 8)], torch.tensor([31, 4, 5])
+    assert [len(x) for x in vit(crops, is_training=True, patches=patches)] == [7, 3]
+    assert [len(x) for x in vit(crops, is_training=True, patches=patches[:0])] == [7, 0]
+    tokens = 2 * 19 + 5 * 7
+    assert rows == [tokens, tokens, 10, 10, tokens, tokens, 7, 7]
+
+
 @pytest.mark.parametrize("backend", ["plain", "sdpa", "auto", "varlen", "xformers"])
 @pytest.mark.parametrize(
     "device, dtype", [("cpu", torch.float32), ("cpu", torch.bfloat16), ("cuda", torch.bfloat16)]
