@@ -9,13 +9,22 @@
 All in percent.
 """
 
+import contextlib
+import json
+from pathlib import Path
+
 import eval_knn
+from config import Config, documented, lookup
 from pictures.history import draw_curves, keep_frame
 from pictures.neighbours import before_and_after
 from weights.load import load_backbone
 
 K_REPORTED = 20  # the `knn` of log and summary; the other k are in the summary
 MOST_PIXELS = 2**31  # 8 GB of fp32 features; ImageNet at 224 px has 90 times as many
+REFERENCES = Path(__file__).resolve().parent.parent / "docs" / "runs"
+# How the keys begin that say where a run happens and what it tells: no part of its recipe.
+PLACES = ("out", "seed", "device", "compile", "parallel", "log.")
+PLACES += ("data.root", "data.val", "data.workers")
 
 
 def evaluate(backbone, held_out, cfg, device, floors=False):
@@ -48,6 +57,26 @@ def evaluate_run(run, step):
     run.report.evaluation(step, scores | (run.known if first else {}))
 
 
+def recipe_of(cfg):
+    """{key: value} of all keys but PLACES, as json has them."""
+    keys = [key for key, _ in documented() if not key.startswith(PLACES)]
+    return json.loads(json.dumps({key: lookup(cfg, key) for key in keys}))
+
+
+def compared(cfg, knn, floors):
+    """What reference runs of this recipe reached on these images, in words, or ""."""
+    said = []
+    for path in sorted(REFERENCES.glob("*.jsonl")):
+        with contextlib.suppress(LookupError, ValueError):  # a file that is no reference
+            first, *lines = map(json.loads, path.read_text(encoding="utf-8").splitlines())
+            same = recipe_of(Config()) | first["config"] == recipe_of(cfg)
+            known = [line for line in lines if "knn" in line]
+            # The same images: k-NN of raw pixels is equal, but for the rounding of bf16.
+            if same and abs(known[0]["knn_pixels"] - floors["knn_pixels"]) < 1:
+                said.append(f"docs/runs/{path.name}: {known[-1]['knn']:.1f} %")
+    return f"k-NN {knn:.1f} %; reference run {', '.join(said)}\n" if said else ""
+
+
 def final_report(run):
     """After the last step: k-NN with every k, the pictures of the run, and summary.json."""
     cfg, report, backbone, held_out = run.cfg, run.report, run.teacher.backbone, run.held_out
@@ -67,6 +96,7 @@ def final_report(run):
     report.summary(summary)
     pictures = "curves.png, crops.png, neighbours.png, " if cfg.log.pictures else ""
     report.close(
+        f"{compared(cfg, knn, report.floors)}"
         f"done: {summary['images']:,} images in {seconds:.0f} s\n"
         f"see {report.out}/: {pictures}summary.json, log.jsonl, teacher.pt"
     )

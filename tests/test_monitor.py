@@ -82,6 +82,29 @@ def test_the_summary_holds_what_the_run_has_reached(whole):
     assert summary["images"] == 96 and summary["seconds"] > 0 and summary["skipped_images"] == 0
 
 
+def test_a_run_is_compared_with_the_reference_runs_of_its_recipe(whole, tmp_path, monkeypatch):
+    cfg, rows = config.load(whole[0] / "config.yaml"), log_of(whole[0])
+    lines = [{"config": results.recipe_of(cfg)}, *rows]
+    (tmp_path / "a-0.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (tmp_path / "broken.jsonl").write_text("{}\n{")
+    monkeypatch.setattr(results, "REFERENCES", tmp_path)
+    cfg.out, cfg.seed, cfg.data.root, cfg.log.every = "x", 7, "y", 3
+    said = f"k-NN 12.3 %; reference run docs/runs/a-0.jsonl: {rows[-1]['knn']:.1f} %\n"
+    assert results.compared(cfg, 12.34, rows[0]) == said
+    assert not results.compared(cfg, None, {})  # no labels
+    assert not results.compared(
+        cfg, 12.34, {"knn_pixels": rows[0]["knn_pixels"] - 2}
+    )  # other images
+    cfg.optim.lr *= 2
+    assert not results.compared(cfg, 12.34, rows[0])
+
+
+def test_the_comparison_is_said_at_the_end_of_a_run(photos, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(results, "compared", lambda cfg, knn, floors: f"{knn} {floors}\n")
+    train.main(tiny(tmp_path / "run", photos, "steps=1"))
+    assert re.search(r"^[\d.]+ {'knn_random': .*}\ndone: 8", capsys.readouterr().out, re.MULTILINE)
+
+
 @pytest.mark.parametrize("name", ["curves.png", "crops.png", "neighbours.png"])
 def test_the_pictures_are_there(whole, name):
     assert min(Image.open(whole[0] / name).size) > 100
