@@ -1,9 +1,10 @@
-"""One lever at a time on the default run: what helps a short run to learn, and what does not.
+"""Half a default run again and again, changed a little each time: what helps it, what does not.
 
     python scripts/recipes.py run [JOBS]     train what docs/recipes.jsonl lacks, so many at a time
     python scripts/recipes.py draw           the table in docs/recipes.md
 
-Every try is `train.py config.yaml` with the words of BASE and its own; each is one line of json.
+Every try is `train.py config.yaml` with the words of BASE, then its own; each is one line of json.
+To train a recipe whole and keep its log: scripts/reference.py.
 """
 
 import json
@@ -15,6 +16,7 @@ import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from ladder import write_between_marks
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -87,7 +89,7 @@ def table(found):
     for result in sorted(found, key=lambda r: r["seed"]):
         by_words.setdefault(result["words"], []).append(result["knn"])
     base = statistics.mean(by_words[""])
-    lines = ["| changed against the base | k-NN of each seed | mean | |", "|---|---|---|---|"]
+    lines = ["| changed | k-NN of each seed | mean | gain |", "|---|---|---|---|"]
     for words, knn in sorted(by_words.items(), key=lambda item: -statistics.mean(item[1])):
         mean, each = statistics.mean(knn), ", ".join(f"{value:.1f}" for value in knn)
         name = f"`{words}`" if words else "the base"
@@ -95,17 +97,10 @@ def table(found):
     return "\n".join(lines)
 
 
-def draw():
-    """Write the table between its marks in the page."""
-    before, begin, rest = PAGE.read_text(encoding="utf-8").partition("<!-- table -->\n")
-    _, end, after = rest.partition("\n<!-- end -->")
-    PAGE.write_text(before + begin + table(results()) + end + after, encoding="utf-8")
-
-
 if __name__ == "__main__":
     if sys.argv[1:2] == ["run"]:
         run(int(sys.argv[2]) if sys.argv[2:] else 1)
     elif sys.argv[1:] == ["draw"]:
-        draw()
+        write_between_marks(PAGE, "table", table(results()))
     else:
         sys.exit(__doc__)
