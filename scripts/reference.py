@@ -12,6 +12,7 @@ line says what was run, and on what; the others are those of log.jsonl, as many 
 The same command again goes on where it was interrupted. commit: of the code, where git knows none.
 """
 
+import contextlib
 import json
 import math
 import platform
@@ -54,9 +55,15 @@ def arguments(argv):
         raise UserError(f"{cfg.out} holds another run; set out= to another place")
     with config.writing(f"to={o.to}"):
         Path(o.to or cfg.out).mkdir(parents=True, exist_ok=True)
+    return path, words, cfg, Path(o.to or cfg.out), o.commit or commit_of_code() or "unknown"
+
+
+def commit_of_code():
+    """As git describes it, "-dirty" where files are changed; "" where there is no git."""
     git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--exclude=*"]
-    commit = o.commit or subprocess.run(git, capture_output=True, text=True).stdout.strip()
-    return path, words, cfg, Path(o.to or cfg.out), commit or "unknown"
+    with contextlib.suppress(OSError):
+        return subprocess.run(git, capture_output=True, text=True).stdout.strip()
+    return ""
 
 
 def asked_of(cfg):
