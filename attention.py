@@ -1,11 +1,12 @@
 """Attention over crops of several sizes packed into one row of tokens, behind one switch.
 
 DINOv2 (section 5, "Sequence packing") runs large and small crops together: every linear layer
-sees all tokens at once, and only attention must keep each crop to itself. Four ways to do that,
+sees all tokens at once, and only attention must keep each crop to itself. Five ways to do that,
 one result:
 
     plain     softmax(Q K^T / sqrt(E)) V, written out, one product per crop size; the specification
     sdpa      PyTorch's fused kernel, one call per crop size
+    short     our kernel for crops of few tokens, one call (kernels/short.py; CUDA, bf16 or fp16)
     varlen    PyTorch's variable-length kernel, one call for all crops (CUDA, bf16 or fp16)
     xformers  xFormers' kernel with a block-diagonal mask, one call for all crops (CUDA)
 
@@ -16,6 +17,7 @@ Shapes:  M tokens of all crops   H heads   E channels per head
 import contextlib
 import ctypes
 import importlib.metadata
+import importlib.util
 import logging
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -37,13 +39,17 @@ class Packing(NamedTuple):
 def pack(groups, backend, device, dtype=None):
     """The Packing for these groups of crops, attended to by `backend`."""
     if backend == "auto":
-        backend = fastest(device, dtype)
+        backend = fastest(device, dtype, max(T for _, T in groups))
     make = {"varlen": crop_starts, "xformers": block_diagonal}.get(backend)
     return Packing(tuple(groups), backend, make and make(tuple(groups), device))
 
 
 def attend(qkv_M3HE, packing):
     """Softmax attention of every token to the tokens of its own crop: (M, 3, H, E) -> (M, H, E)."""
+    if packing.backend == "short" and qkv_M3HE.shape[-1] in (16, 32, 64):  # else sdpa
+        from kernels.short import attend_short  # needs Triton, which comes with PyTorch for CUDA
+
+        return attend_short(qkv_M3HE, [n for group in packing.groups for n in group])
     if packing.backend == "varlen":
         return attend_varlen(qkv_M3HE, *packing.borders)
     if packing.backend == "xformers":
@@ -121,12 +127,17 @@ def block_diagonal(groups, device):
     return BlockDiagonalMask.from_seqlens([T for B, T in groups for _ in range(B)], device=device)
 
 
-def fastest(device, dtype):
-    """The backend that `auto` stands for; `python -m bench attention` measures them all.
+def fastest(device, dtype, longest):
+    """The backend that `auto` stands for, where crops have up to `longest` tokens.
 
-    In bf16 on a CPU the fused kernel took 2 to 12 times as long as plain attention for 17 to 785
-    tokens (AMD Zen 5, PyTorch 2.13). On an H100 sdpa, varlen and xformers are within 10 %.
+    `python -m bench attention` measures them all. In bf16 on a CPU the fused kernel took 2 to 12
+    times as long as plain attention for 17 to 785 tokens (AMD Zen 5, PyTorch 2.13). On an H100 sdpa
+    takes 1.4 to 1.7 times as long as short, forward and backward, and varlen and xformers longer.
     """
+    half = dtype in (torch.bfloat16, torch.float16)
+    if device.type == "cuda" and half and importlib.util.find_spec("triton"):
+        # Keys, values and their gradients have to fit into the registers of a processor.
+        return "short" if longest <= 256 else "sdpa"
     return "plain" if device.type == "cpu" and dtype == torch.bfloat16 else "sdpa"
 
 

@@ -45,11 +45,6 @@ class Order:
         return int(self.permutation[place])
 
 
-def most_damaged(cfg, images):
-    """So many damaged images may be met; with more, a run stops. 20 stop none, of however few."""
-    return max(20, cfg.data.max_damaged * images)
-
-
 # ---- training -----------------------------------------------------------------------------------
 
 

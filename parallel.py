@@ -82,12 +82,6 @@ class GatherRows(torch.autograd.Function):
         return sum_over_ranks(grad_GD.clone()).chunk(world)[rank]
 
 
-def in_order(own):
-    """The rows of all processes, each of which has every `world`-th, in the order of the whole."""
-    rows, _ = gather_from_ranks(own)
-    return rows.unflatten(0, (ranks()[1], -1)).transpose(0, 1).flatten(0, 1)
-
-
 def lists_of_ranks(items, group=None):
     """The items of the lists of all processes; all ranks call it, and wait for each other."""
     if ranks()[1] == 1:
@@ -290,8 +284,8 @@ def wrap(network, cfg, train):
 def checkpoint_activations(block, mode):
     """Recompute a block's activations in the backward pass instead of storing them.
 
-    full keeps only the block's input. selective also keeps the results of matrix products and
-    attention, so that little is computed twice.
+    full keeps only the block's input. selective also keeps the results of matrix products and of
+    PyTorch's attention, so that little is computed twice.
     """
     from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 

@@ -14,7 +14,7 @@ import config
 from config import UserError
 from images import evaluation
 from images.sources import read_or_next
-from parallel import counted, dtype_of, in_order, progress, ranks, warn_once
+from parallel import counted, dtype_of, gather_from_ranks, progress, ranks, warn_once
 from vit import SIZES, assign
 from weights.load import load_backbone
 
@@ -107,3 +107,9 @@ def tally(train, test, classes):
         warn_once(f"only {counted(test, 'test image')}: each is worth {100 / test:.1f} points")
     names = ", ".join(classes[:6]) + ", ..." * (len(classes) > 6)
     return f"{train:,} training, {test:,} test images, {len(classes)} classes ({names})"
+
+
+def in_order(own):
+    """The rows of all processes, each of which has every `world`-th, in the order of the whole."""
+    rows, _ = gather_from_ranks(own)
+    return rows.unflatten(0, (ranks()[1], -1)).transpose(0, 1).flatten(0, 1)

@@ -28,10 +28,10 @@ from PIL import Image
 
 import config
 from config import UserError, replace_text
-from data import Order, most_damaged
+from data import Order
 from images.evaluation import resize
 from images.reader import reason
-from images.sources import by_workers, counts, open_source, split_folder
+from images.sources import by_workers, counts, most_damaged, open_source, split_folder
 from parallel import progress, warn
 
 OPTIONS = {"limit": 0, "to": "", "short": 0, "per_shard": 10_000}

@@ -40,6 +40,11 @@ ARRAYS = (".npy", ".npz")
 GIVE_UP = 100  # damaged images in a row: not an accident, the whole source is out of reach
 
 
+def most_damaged(cfg, images):
+    """So many damaged images may be met; with more, a run stops. 20 stop none, of however few."""
+    return max(20, cfg.data.max_damaged * images)
+
+
 def read_or_next(source, index):
     """(image, its index, names and reasons of damaged images on the way).
 

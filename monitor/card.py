@@ -18,7 +18,8 @@ NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 def start_card(cfg, source, held_out, student, device, start):
     """Its text. start: so many steps were taken before."""
     c, world, K = cfg.crops, ranks()[1], cfg.head.prototypes
-    fast = f" ({fastest(device, dtype_of(cfg))})" if cfg.attention == "auto" else ""
+    longest = 1 + cfg.vit.registers + (c.global_size // cfg.vit.patch) ** 2
+    fast = f" ({fastest(device, dtype_of(cfg), longest)})" if cfg.attention == "auto" else ""
     parts = [
         f"{name} {sum(p.numel() for p in part.parameters()) / 1e6:.2f} M"
         for name, part in student.named_children()

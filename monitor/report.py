@@ -15,9 +15,8 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-import data
 from config import UserError, dump, replace_text, to_dict, writing
-from images.sources import ARRAYS
+from images.sources import ARRAYS, most_damaged
 from monitor.card import device_name, start_card
 from parallel import lists_of_ranks, ranks, sum_over_ranks
 
@@ -139,7 +138,7 @@ class Reporter:
                 if self.rank == 0:
                     self.say(f"warning: damaged image skipped ({len(self.bad)} so far): {name}")
                     self.write({"step": step, "skipped": name})
-        if len(self.bad) > data.most_damaged(self.cfg, self.images):
+        if len(self.bad) > most_damaged(self.cfg, self.images):
             raise UserError(
                 f"{len(self.bad)} of {self.images} images are damaged, more than "
                 f"data.max_damaged={self.cfg.data.max_damaged:g}: they are named in "

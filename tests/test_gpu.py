@@ -75,7 +75,7 @@ def losses_of_three_steps(folder, attention, compiled):
 
 
 @pytest.mark.parametrize("compiled", ["false", "true"])
-@pytest.mark.parametrize("attention", ["sdpa", "varlen", "xformers", "plain"])
+@pytest.mark.parametrize("attention", ["auto", "sdpa", "varlen", "xformers", "plain"])
 def test_every_attention_trains_alike_compiled_or_not(folder, attention, compiled):
     try:
         check_backend(attention, GPU, torch.bfloat16, 32)

@@ -24,7 +24,7 @@ import data
 import dinov2
 import train
 from config import Config
-from images.sources import open_source
+from images.sources import most_damaged, open_source
 from monitor import card, report, results
 from optim import schedules
 
@@ -262,7 +262,7 @@ def test_many_damaged_images_stop_the_run_a_few_do_not(tmp_path):
 
 
 def test_twenty_damaged_images_stop_no_run_however_small_it_is():
-    assert [data.most_damaged(Config(), n) for n in (60, 2000, 10**6)] == [20, 20, 10**4]
+    assert [most_damaged(Config(), n) for n in (60, 2000, 10**6)] == [20, 20, 10**4]
 
 
 @pytest.mark.slow
