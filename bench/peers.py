@@ -8,7 +8,7 @@ They compute in the precision of the config by autocast. A function <peer>_<what
 turns with ours, run(clock), from the config and from what bench/ gives to this kind of work.
 """
 
-import importlib
+import importlib.util
 import io
 import os
 import sys
@@ -21,6 +21,7 @@ from PIL import Image
 from torch import nn
 
 import config
+from attention import open_cuda_12
 from config import UserError
 from dinov2 import LARGE_CROPS as T
 from dinov2 import Output, ibot_prototypes
@@ -39,7 +40,8 @@ def find_official(path):
     CHECKOUT = Path(path).expanduser().resolve()
     if not (CHECKOUT / "dinov2" / "layers").is_dir():
         raise UserError(f"{path}: not a checkout of facebookresearch/dinov2 (no dinov2/layers)")
-    if not torch.cuda.is_available():
+    open_cuda_12()
+    if not torch.cuda.is_available() or importlib.util.find_spec("xformers") is None:
         os.environ["XFORMERS_DISABLED"] = "1"
         sys.modules["xformers"] = None  # one of its files does not look at that
 
