@@ -56,8 +56,9 @@ def test_data_that_were_changed_upstream_are_said_to_be(name):
 @pytest.mark.parametrize("name", ["configs/cifar10_gpu", "configs/imagenette_gpu"])
 def test_what_no_gpu_has_measured_says_so_and_its_arithmetic_is_right(name):
     cfg, head = card(name)
-    measured = (REFERENCES / f"{name.split('/')[1]}-0.jsonl").exists()
-    assert measured or re.search(r"^#   reaches .*not measured$", head, re.MULTILINE)
+    if (REFERENCES / f"{name.split('/')[1]}-0.jsonl").exists():
+        return  # the card is compared with it below
+    assert re.search(r"^#   reaches .*not measured$", head, re.MULTILINE)
     total, images = cfg.steps * cfg.batch, IMAGES[name.split("/")[1].split("_")[0]]
     epochs = int(re.search(r"(\d+) epochs", head)[1])
     assert total / images == pytest.approx(epochs, rel=0.005)
