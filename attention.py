@@ -1,8 +1,7 @@
 """Attention over crops of several sizes packed into one row of tokens, behind one switch.
 
 DINOv2 (section 5, "Sequence packing") runs large and small crops together: every linear layer
-sees all tokens at once, and only attention must keep each crop to itself. Five ways to do that,
-one result:
+sees all tokens at once, and only attention must keep each crop to itself. Five ways, one result:
 
     plain     softmax(Q K^T / sqrt(E)) V, written out, one product per crop size; the specification
     sdpa      PyTorch's fused kernel, one call per crop size
@@ -136,8 +135,7 @@ def fastest(device, dtype, longest):
     """
     half = dtype in (torch.bfloat16, torch.float16)
     if device.type == "cuda" and half and importlib.util.find_spec("triton"):
-        # Keys, values and their gradients have to fit into the registers of a processor.
-        return "short" if longest <= 256 else "sdpa"
+        return "short" if longest <= 256 else "sdpa"  # what fits into registers
     return "plain" if device.type == "cpu" and dtype == torch.bfloat16 else "sdpa"
 
 

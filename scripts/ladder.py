@@ -37,6 +37,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # What all rows share beside config.yaml: short runs, a log for the curves, no pictures.
 SHORT = {"steps": 200, "precision": "fp32", "optim.freeze_last_layer": 4}
 SHORT |= {"log.knn_every": 0, "log.pictures": False}
+SHORT |= {"optim.min_lr": 1e-6, "teacher.momentum_end": 1.0}  # to the ends of the paper
 
 
 class Row(NamedTuple):

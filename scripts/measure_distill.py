@@ -16,6 +16,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 SEEDS = 0, 1, 2
 SHORT = ["steps=100", "optim.warmup=10", "log.pictures=false", "log.knn_every=0"]
+SHORT += ["optim.min_lr=1e-6", "teacher.momentum_end=1.0"]
 
 
 def summary(script, card, out, *words):
