@@ -53,6 +53,18 @@ TRIES = [
     "head.prototypes=128",
     "head.hidden=256",
     "vit.layerscale=1.0",
+    "optim.lr=4e-3 optim.warmup=90 crops.local_scale=[0.07,0.25]",
+    "optim.lr=4e-3 optim.warmup=90 crops.local_count=2",
+    "optim.lr=4e-3 optim.warmup=90 head.hidden=1024",
+    "optim.lr=4e-3 optim.warmup=90 crops.global_scale=[0.5,1.0]",
+    "optim.lr=4e-3 optim.warmup=90 crops.local_count=3",
+    "optim.lr=4e-3 optim.warmup=90 crops.global_size=24",
+    "optim.lr=4e-3 optim.warmup=90 mask.probability=0.2",
+    "optim.lr=4e-3 optim.warmup=90 teacher.momentum_end=0.99",
+    "optim.lr=4e-3 optim.warmup=90 augment.flip=0",
+    "steps=700 optim.warmup=100 optim.freeze_last_layer=20",
+    "steps=700 optim.warmup=100 optim.freeze_last_layer=20 optim.lr=4e-3",
+    "steps=700 optim.warmup=100 optim.freeze_last_layer=20 optim.min_lr=4e-4 teacher.momentum_end=0.996",
 ]
 
 
