@@ -25,6 +25,7 @@ SEEDS = (0, 1)
 BASE = "steps=450 optim.lr=8e-3 optim.warmup=45 optim.freeze_last_layer=10 precision=fp32"
 BASE += " optim.min_lr=1e-6 teacher.momentum_end=1.0"
 QUIET = "log.pictures=false log.knn_every=0 log.save_every=10000 log.every=50"
+LONGER = "steps=700 optim.warmup=100 optim.freeze_last_layer=20"
 TRIES = [
     "",
     "optim.lr=3e-3 optim.warmup=60",
@@ -62,9 +63,9 @@ TRIES = [
     "optim.lr=4e-3 optim.warmup=90 mask.probability=0.2",
     "optim.lr=4e-3 optim.warmup=90 teacher.momentum_end=0.99",
     "optim.lr=4e-3 optim.warmup=90 augment.flip=0",
-    "steps=700 optim.warmup=100 optim.freeze_last_layer=20",
-    "steps=700 optim.warmup=100 optim.freeze_last_layer=20 optim.lr=4e-3",
-    "steps=700 optim.warmup=100 optim.freeze_last_layer=20 optim.min_lr=4e-4 teacher.momentum_end=0.996",
+    LONGER,
+    f"{LONGER} optim.lr=4e-3",
+    f"{LONGER} optim.min_lr=4e-4 teacher.momentum_end=0.996",
 ]
 
 
