@@ -367,6 +367,7 @@ def test_the_full_distillation_builds_on_the_meta_device():
 def test_the_small_card_is_the_default_experiment_but_shorter():
     assert different("configs/distill_small.yaml", "config.yaml") == {
         "out", "steps", "optim.warmup", "optim.min_lr", "teacher.momentum_end", "distill.teacher",
+        "log.knn_every", "log.save_every",
     }  # fmt: skip
 
 
