@@ -5,7 +5,8 @@ sees all tokens at once, and only attention must keep each crop to itself. Five 
 
     plain     softmax(Q K^T / sqrt(E)) V, written out, one product per crop size; the specification
     sdpa      PyTorch's fused kernel, one call per crop size
-    short     our kernel for crops of few tokens, one call (kernels/short.py; CUDA, bf16 or fp16)
+    short     our kernel for crops of few tokens (kernels/short.py; CUDA, bf16 or fp16): what `auto`
+              takes where it can, and no name in a config
     varlen    PyTorch's variable-length kernel, one call for all crops (CUDA, bf16 or fp16)
     xformers  xFormers' kernel with a block-diagonal mask, one call for all crops (CUDA)
 
@@ -16,7 +17,6 @@ Shapes:  M tokens of all crops   H heads   E channels per head
 import contextlib
 import ctypes
 import importlib.metadata
-import importlib.util
 import logging
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -126,6 +126,7 @@ def block_diagonal(groups, device):
     return BlockDiagonalMask.from_seqlens([T for B, T in groups for _ in range(B)], device=device)
 
 
+@lru_cache(maxsize=64)
 def fastest(device, dtype, longest):
     """The backend that `auto` stands for, where crops have up to `longest` tokens.
 
@@ -133,9 +134,11 @@ def fastest(device, dtype, longest):
     times as long as plain attention for 17 to 785 tokens (AMD Zen 5, PyTorch 2.13). On an H100, for
     crops of two sizes, sdpa takes 1.4 to 1.6 times as long as short, and the others longer.
     """
+    from kernels.build import can_build
+
     half = dtype in (torch.bfloat16, torch.float16)
-    if device.type == "cuda" and half and importlib.util.find_spec("triton"):
-        return "short" if longest <= 256 else "sdpa"  # what fits into registers
+    if device.type == "cuda" and half and longest <= 256 and can_build(cuda=True):
+        return "short"  # its keys, values and their gradients fit into registers
     return "plain" if device.type == "cpu" and dtype == torch.bfloat16 else "sdpa"
 
 

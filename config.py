@@ -152,7 +152,7 @@ class Teacher:
 @dataclass
 class Optim:
     lr: float = 0.004  # peak, for 1024 images a step; scaled by sqrt(batch / 1024), see start
-    min_lr: float = 1e-6  # at the end of the cosine; not scaled
+    min_lr: float = 1e-6  # at the end of the cosine, if below its peak; not scaled
     warmup: int = 12500  # steps from 0 to the peak, about a tenth of the run
     weight_decay: float = 0.04  # at the start; not of biases, norms and LayerScale
     weight_decay_end: float = 0.4  # at the end of its cosine; 0.2 for giant2

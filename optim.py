@@ -56,7 +56,8 @@ def scaled_lr(lr, batch):
 def schedules(step, cfg):
     """Learning rates, weight decay, EMA momentum and teacher temperature at one step."""
     o, t = cfg.optim, cfg.teacher
-    lr = cosine(step, scaled_lr(o.lr, cfg.batch), o.min_lr, cfg.steps, o.warmup)
+    peak = scaled_lr(o.lr, cfg.batch)
+    lr = cosine(step, peak, min(o.min_lr, peak), cfg.steps, o.warmup)  # down, never up
     return Schedule(
         lr=lr,
         # The prototypes stand still at first (lr 0, not frozen: Adam's moments warm up meanwhile).

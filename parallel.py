@@ -13,14 +13,10 @@ COLLECTIVE_TIMEOUT (environment, seconds, 600) is how long ranks wait for each o
 
 import contextlib
 import functools
-import importlib.util
 import os
-import shutil
 import sys
-import sysconfig
 import warnings
 from datetime import timedelta
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -204,14 +200,12 @@ def compiles(cfg):
 
     Raises UserError when it is asked for where it cannot.
     """
+    from kernels.build import can_build
+
     cuda = pick_device(cfg.device).type == "cuda"
-    # Kernels are C++ (CPU), or are started by a C program that Triton makes (CUDA).
-    compilers = ("CC", "gcc", "clang") if cuda else ("CXX", "g++", "clang++")
-    possible = any(shutil.which(os.environ.get(name, name)) for name in compilers)
-    possible &= Path(sysconfig.get_path("include"), "Python.h").exists()
-    possible &= not cuda or importlib.util.find_spec("triton") is not None
+    possible = can_build(cuda)
     if cfg.compile is True and not possible:
-        needs = f"{compilers[1]} and Python.h (python3-dev)" + ", and triton" * cuda
+        needs = f"{'gcc' if cuda else 'g++'} and Python.h (python3-dev)" + ", and triton" * cuda
         raise UserError(f"compile=true needs {needs}: install them, or use compile=false")
     return possible and cfg.compile in ((True, "auto") if cuda else (True,))
 

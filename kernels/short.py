@@ -74,7 +74,8 @@ def short_kernel(kernel, sizes, *tensors):
         keys = max(triton.next_power_of_2(T), 16)
         # The largest tiles that need no memory beside the registers, timed on an H100.
         tile, warps = (64, 4) if kernel is short_forward else (32, 8 if keys > 128 else 4)
-        kernel[(B * heads,)](*parts, T, heads, width, min(tile, keys), keys, num_warps=warps)
+        with torch.cuda.device_of(tensors[0]):  # where Triton starts it
+            kernel[(B * heads,)](*parts, T, heads, width, min(tile, keys), keys, num_warps=warps)
         first += B * T
 
 
@@ -108,7 +109,7 @@ def keep_qkv(ctx, inputs, output):
 
 
 attend_short.register_fake(like_q)
-attend_short_backward.register_fake(lambda dy_MHE, qkv_M3HE, sizes: torch.empty_like(qkv_M3HE))
+attend_short_backward.register_fake(lambda dy, qkv, sizes: qkv.new_empty(qkv.shape))
 attend_short.register_autograd(
     lambda ctx, dy_MHE: (attend_short_backward(dy_MHE, *ctx.saved_tensors, ctx.sizes), None),
     setup_context=keep_qkv,

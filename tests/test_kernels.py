@@ -15,6 +15,7 @@ import torch
 from running import ROOT
 
 from attention import Packing, attend, fastest, pack
+from kernels import build
 
 
 def answers(backend, qkv_M3HE, dy_MHE, groups):
@@ -57,12 +58,17 @@ def test_short_attention_and_its_gradient_are_those_of_plain_attention():
 
 
 def test_crops_of_many_tokens_full_precision_and_odd_heads_take_another_way(monkeypatch):
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name == "triton")
+    monkeypatch.setattr(build, "can_build", lambda cuda: cuda)
+    fastest.cache_clear()
     cuda, half = torch.device("cuda"), torch.bfloat16
     assert fastest(cuda, half, 256) == "short"
     assert fastest(cuda, half, 257) == fastest(cuda, torch.float32, 5) == "sdpa"
     assert pack(((2, 5), (1, 257)), "auto", cuda, half).backend == "sdpa"
     qkv_M3HE = torch.randn(7, 3, 2, 24)
+    monkeypatch.setattr(build, "can_build", lambda cuda: False)  # no compiler
+    fastest.cache_clear()
+    assert fastest(cuda, half, 5) == "sdpa"
+    fastest.cache_clear()
     odd = [attend(qkv_M3HE, Packing(((1, 7),), name)) for name in ("short", "plain")]
     assert torch.allclose(*odd, atol=1e-5)
 

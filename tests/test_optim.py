@@ -87,6 +87,12 @@ def test_a_cosine_with_freezing_is_the_official_one():
     np.testing.assert_allclose(got, values, rtol=EXACT)
 
 
+def test_a_learning_rate_below_min_lr_does_not_climb_to_it():
+    cfg = Config(steps=100, batch=64)
+    cfg.optim.lr, cfg.optim.min_lr, cfg.optim.warmup = 1e-3, 4e-4, 10  # a peak of 2.5e-4
+    assert [schedules(step, cfg).lr for step in (10, 50, 99)] == pytest.approx([2.5e-4] * 3)
+
+
 def test_the_default_config_has_the_published_values():
     cfg = Config()
     peak = 0.004 * math.sqrt(2)  # batch 2,048
