@@ -1,6 +1,6 @@
 """Features of a data set that are computed once, a file for each CHUNK of images.
 
-Used by `python eval_knn.py RUN cache=FOLDER` and by features.py. What was interrupted goes on.
+Used by `python eval_knn.py RUN cache=FOLDER` and by images.curate. What was interrupted goes on.
 """
 
 import hashlib
@@ -23,28 +23,18 @@ CHUNK = 4096  # images
 def cached_features(folder, extract, backbone, source, cfg, device, what, keep=None):
     """(features, labels) of extract(backbone, source, ...), from this folder or put there.
 
-    Without a folder they are not kept.
+    In it is a folder that is named after everything that they depend on, so that they are never
+    used for another network, data set or size. Without a folder they are not kept.
     """
     if not folder:
         return extract(backbone, source, cfg, device, what, keep)
-    found = chunks(folder, extract, backbone, source, cfg, device, what)
-    features, labels = zip(*found, strict=True)
-    return tuple(torch.cat(parts).to(keep or device) for parts in (features, labels))
-
-
-def chunks(folder, extract, backbone, source, cfg, device, what, more=""):
-    """Iterator of (features, labels) on the CPU, of CHUNK images after the other.
-
-    They lie in a folder that is named after everything that they depend on (`more`: in the words of
-    the caller), so that they are never used for another network, data set or size.
-    """
-    folder = Path(folder, fingerprint(backbone, source, cfg, more))
+    folder, found = Path(folder, fingerprint(backbone, source, cfg)), []
     for start in range(0, len(source), CHUNK):
         path = folder / f"{start:010}.safetensors"
         if all(lists_of_ranks([path.exists()])):  # ranks agree: extracting is work for all of them
             try:
-                found = load_file(path)
-                yield found["features"], found["labels"]
+                parts = load_file(path)
+                found.append((parts["features"], parts["labels"]))
             except (OSError, KeyError, SafetensorError) as error:
                 raise UserError(f"{path}: cannot be read ({error}); delete this file") from None
             continue
@@ -57,10 +47,12 @@ def chunks(folder, extract, backbone, source, cfg, device, what, more=""):
                 folder.mkdir(parents=True, exist_ok=True)
                 aside.write_bytes(save({"features": features.contiguous(), "labels": labels}))
                 os.replace(aside, path)
-        yield features, labels
+        found.append((features, labels))
+    features, labels = zip(*found, strict=True)
+    return tuple(torch.cat(parts).to(keep or device) for parts in (features, labels))
 
 
-def fingerprint(backbone, source, cfg, more=""):
+def fingerprint(backbone, source, cfg):
     """A word that differs if weights, network, images, labels, size or precision do."""
     digest = hashlib.sha256()
     for name, value in backbone.state_dict().items():
@@ -68,7 +60,7 @@ def fingerprint(backbone, source, cfg, more=""):
         digest.update(value.cpu().contiguous().numpy())
     how = [block.attn.heads for block in backbone.blocks]
     how += [backbone.interpolate_offset, backbone.interpolate_antialias, cfg.crops.global_size]
-    how += [backbone.norm.eps, dtype_of(cfg), cfg.data.mean, cfg.data.std, more]
+    how += [backbone.norm.eps, dtype_of(cfg), cfg.data.mean, cfg.data.std]
     digest.update(repr([*how, *source_words(source)]).encode())
     return digest.hexdigest()[:32]
 

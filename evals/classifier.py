@@ -2,31 +2,32 @@
 
     classifier = load("birds.pt")
     logits = classifier(images)                 # (B, classes), of normalised images
-    python -m evals.linear predict birds.pt FOLDER
+    python -m evals.linear predict birds.pt FOLDER [out=labels.csv] [key=value ...]
 
-The head comes from a linear probe. Files are read with weights_only: they hold no code.
+The head comes from `evals.linear RUN save=birds.pt`. The command labels the images of FOLDER (or of
+a list, shards, an array) into a CSV: path, class, its probability, and that of every class. Keys
+override the config of the classifier, such as device=cpu or data.workers=0.
+Files are read with weights_only: they hold no code.
 
 Shapes:  B images   D width of the backbone   F = (blocks + 1) * D features   N images of a source
 """
 
 import csv
-import os
 
 import torch
 from torch import nn
 
 import config
 from config import UserError
-from evals.frozen import KEYS, extract, settle, tell_damaged
+from evals.frozen import check_place, extract, run_and_folder, settle, tell_damaged
 from images.evaluation import DAMAGED
 from images.sources import open_source
 from parallel import counted, pick_device
-from vit import VisionTransformer
 from weights import checkpoint
-from weights.load import architecture, beyond_shapes
+from weights.load import beyond_shapes, network_of
 
 BLOCKS = 4  # whose [CLS] tokens are features: the last ones
-KIND, EARLIER = "nanoDINOv2 classifier 2", "nanoDINOv2 classifier 1"
+KIND = "nanoDINOv2 classifier 2"
 
 
 def features(backbone, image_BCHW):
@@ -62,56 +63,36 @@ def save(classifier, cfg, path):
         "classes": classifier.classes,
         "state": {name: value.cpu() for name, value in classifier.state_dict().items()},
     }
-    try:
+    with config.writing(f"save={path}"):
         checkpoint.write_file(path, lambda file: torch.save(state, file))
-    except (OSError, RuntimeError) as error:
-        raise UserError(f"save={path}: cannot be written ({checkpoint.reason(error)})") from None
+    print(f"classifier: {path}")
 
 
 def load(path, with_config=False):
     """The Classifier of a file, in eval mode; with_config: and the Config of its images."""
-    found = {} if os.path.isdir(path) else checkpoint.read(path)
-    if not isinstance(found, dict) or found.get("kind") not in (KIND, EARLIER):
+    found = checkpoint.read(path)
+    if not isinstance(found, dict) or found.get("kind") != KIND:
         raise UserError(f"{path}: not a classifier; evals.linear RUN save=FILE writes one")
-    if found["kind"] == EARLIER:  # which could hold several heads
-        (_, found["classes"]), *more = found["targets"]
-        if more:
-            raise UserError(f"{path}: has several heads, of an earlier version; train one for each")
-        found["state"] = {n.replace("heads.0.", "head."): v for n, v in found["state"].items()}
-    cfg = config.from_dict(found["config"], str(path))
-    parts = {name.partition(".")[::2]: value for name, value in found["state"].items()}
-    state = {name: value for (part, name), value in parts.items() if part == "backbone"}
-    backbone = VisionTransformer(**architecture(state, path, found["backbone"]))
-    for module in backbone.modules():
-        if isinstance(module, nn.LayerNorm):
-            module.eps = found["backbone"].get("eps", module.eps)
-    head = found["state"]["head.weight"], found["state"]["head.bias"]
-    classifier = Classifier(backbone, found["classes"], *head)
-    classifier.load_state_dict(found["state"])
+    state, part = found["state"], "backbone."
+    backbone = {n.removeprefix(part): v for n, v in state.items() if n.startswith(part)}
+    network, _ = network_of(backbone, path, found["backbone"])
+    classifier = Classifier(network, found["classes"], state["head.weight"], state["head.bias"])
+    classifier.load_state_dict(state)
     classifier.eval()
-    return (classifier, cfg) if with_config else classifier
+    return (classifier, config.from_dict(found["config"], str(path))) if with_config else classifier
 
 
 # ---- use ----------------------------------------------------------------------------------------
 
-PREDICT_USAGE = """
-usage: python -m evals.linear predict CLASSIFIER FOLDER [out=labels.csv] [key=value ...]
-
-Labels the images of FOLDER (or of a list, shards or an array) with a classifier that evals.linear
-has saved. Writes a CSV: path, class, its probability, and that of every class.
-Keys override the config of the classifier, such as device=cpu or data.workers=0:
-"""
-
 
 def predict(argv):
     """Label the images of a folder with a saved classifier, into a CSV."""
-    path, words = config.main_arguments(argv, PREDICT_USAGE, KEYS)
-    if not words or "=" in words[0]:
-        raise UserError("FOLDER is missing: write evals.linear predict CLASSIFIER FOLDER")
-    o, overrides = config.take_options(words[1:], {"out": "labels.csv"})
+    path, folder, words = run_and_folder(argv, __doc__)
+    o, overrides = config.take_options(words, {"out": "labels.csv"})
+    check_place("out", o.out)
     classifier, cfg = load(path, with_config=True)
     settle(cfg, overrides, classifier.backbone, path)
-    device, source = pick_device(cfg.device), open_source(words[0], cfg, "", key="FOLDER")
+    device, source = pick_device(cfg.device), open_source(folder, cfg, "", key="FOLDER")
     classifier.to(device)
 
     p_NC, label_N = extract(
@@ -120,7 +101,7 @@ def predict(argv):
     tell_damaged(source, label_N)
     classes, readable = classifier.classes, (label_N != DAMAGED).nonzero().flatten().tolist()
     how = {"newline": "", "encoding": "utf-8", "errors": "surrogateescape"}
-    with config.writing(f"out={o.out}"), open(o.out, "w", **how) as file:
+    with open(o.out, "w", **how) as file:
         rows = csv.writer(file)
         rows.writerow(["path", "class", "class probability", *(f"class: {c}" for c in classes)])
         for i in readable:

@@ -3,8 +3,9 @@
     python -m evals.dense RUN FOLDER        FOLDER/images/x.jpg and FOLDER/masks/x.png
     python -m evals.dense draw FOLDER       such a folder to try it on, drawn by the program
 
-A mask is a PNG whose pixels (palette or grey) are numbers of classes; 255 is not counted. FOLDER
-may hold train/ and val/ with images/ and masks/ each; else a fifth, drawn by seed, is tested.
+RUN is a run folder, a file of weights or a released name. A mask is a PNG whose pixels (palette or
+grey) are numbers of classes; 255 is not counted. FOLDER may hold train/ and val/ with images/ and
+masks/ each; else a random fifth is tested.
   k-NN     a patch is what the training patches most like it are
   linear   logistic regression on the patch tokens; held-out images choose the penalty
 Scores of patches are enlarged to the size of the mask (bilinear); the class with the highest wins.
@@ -13,10 +14,15 @@ counted over all test images together; the mean is over the classes that occur.
 (DINOv2 section 7.4. Differs from the official code, which trains batch norm and a linear layer for
 40,000 steps of mmsegmentation: here the same kind of layer is brought to its optimum.)
 
+  size=448          px, to which the shorter side of larger images is reduced
+  untrained=false   true: an untrained network of this shape instead, as a floor
+Other keys override the config of the run, such as precision=fp32.
+
 Shapes:  H W pixels of a mask   h w patches   N patches   D channels   C classes
 """
 
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -27,82 +33,69 @@ from PIL import Image
 import config
 from config import UserError
 from eval_knn import knn_probabilities
-from evals.frozen import KEYS, open_network, untrained
+from evals.frozen import open_network, run_and_folder, untrained
 from evals.logistic import logistic_path, penalties
 from images import evaluation, synthetic
-from images.held_out import divide
 from images.reader import EXTENSIONS, read_image
-from parallel import counted, dtype_of, pick_device, progress, warn
+from parallel import dtype_of, pick_device, progress
 
 IGNORED = 255
+NEIGHBOURS, PENALTIES = 20, 12
+PATCHES = 100_000  # to learn from, at most; drawn evenly from all images
 
 # ---- images and masks ---------------------------------------------------------------------------
 
 
 def splits(folder, channels=3):
-    """(pairs to learn from, classes that each shows (N, C); the same of the pairs to test with)."""
+    """(what to learn from, what to test with), each [(image, mask, its classes)]."""
     folder = Path(folder)
     if (folder / "train").is_dir():
-        held_out = folder / ("val" if (folder / "val").is_dir() else "test")
-        train, test = checked(folder / "train", channels), checked(held_out, channels)
+        train, test = (checked(folder / part, channels) for part in ("train", "val"))
     else:
-        found, shown_NC = checked(folder, channels)
-        kept, held = fifth(shown_NC, folder)
-        train, test = (([found[i] for i in rows], shown_NC[rows]) for rows in (kept, held))
-    known_C, asked_C = train[1].any(axis=0), test[1].any(axis=0)
-    if min(known_C.sum(), asked_C.sum()) < 2:
-        raise UserError(
-            f"{folder}: the masks to learn from or to test with show fewer than two classes: "
-            f"nothing to tell apart; {IGNORED} is not counted: save what it marks as 1"
-        )
-    if (missing := (asked_C & ~known_C).nonzero()[0]).size:
-        raise UserError(
-            f"class {missing[0]} is in the test masks but in no training mask: add images "
-            f"that show it, or call it {IGNORED}"
-        )
-    return *train, *test
+        train, test = fifth(checked(folder, channels))
+    for part in train, test:
+        if len(classes_of(part)) < 2:
+            raise UserError(
+                f"{folder}: the masks to learn from or to test with show fewer than two classes: "
+                f"nothing to tell apart; {IGNORED} is not counted: save what it marks as 1"
+            )
+    return train, test
 
 
-def fifth(shown_NC, where, seed=0):
-    """(rows that stay, a fifth to be held out), such that classes are on both sides if they can."""
-    kept, held = divide(np.where(shown_NC, 0, -1), 0.2, seed)
-    if len(shown_NC) < 5 or not len(held):
-        count = counted(len(shown_NC), "image")
-        raise UserError(f"{where}: {count}, too few to hold some out; at least 5 are needed")
-    return kept, held
+def fifth(found):
+    """(the others, a random fifth of the images), each as they were given."""
+    if len(found) < 5:
+        raise UserError(f"{len(found)} images are too few to hold a fifth out: add some")
+    order = np.random.default_rng(0).permutation(len(found))
+    held = len(found) // 5
+    return [found[i] for i in order[held:]], [found[i] for i in order[:held]]
+
+
+def classes_of(found):
+    return set().union(*(shown for _, _, shown in found))
 
 
 def checked(folder, channels):
-    """([(image, mask)] of a folder with images/ and masks/, by name; classes that each shows)."""
-    for name in ("images", "masks"):
-        if not (folder / name).is_dir():
-            raise UserError(f"{folder / name}: no such folder; images/x.jpg goes with masks/x.png")
-    found, shown, damaged = [], [], []
-    images = [p for p in (folder / "images").iterdir() if p.suffix.lower() in EXTENSIONS]
+    """[(image, mask, its classes)] of a folder with images/ and masks/, by name."""
+    found = []
+    images = [p for p in (folder / "images").glob("*") if p.suffix.lower() in EXTENSIONS]
+    if not images:
+        raise UserError(f"{folder / 'images'}: no images; images/x.jpg goes with masks/x.png")
     for image in progress(sorted(images), desc="masks"):
         mask = folder / "masks" / f"{image.stem}.png"
-        if not mask.exists():
-            raise UserError(f"{mask}: no such file; {image.name} needs a mask, or must go")
         classes_HW = read_mask(mask)
         try:
             height, width = read_image(image, channels, max_pixels=0).shape[:2]
         except Exception as error:  # of a decoder that was fed with anything
-            damaged.append(f"{image}: {' '.join(str(error).split())}")
-            continue
+            raise UserError(f"{image}: cannot be read ({error}); take it away") from None
         if classes_HW.shape != (height, width):
             rows, columns = classes_HW.shape
             raise UserError(
                 f"{mask}: {columns} x {rows} pixels, but {image.name} has {width} x {height}: "
                 "save it in the size of its image"
             )
-        found.append((image, mask))
-        shown.append(np.bincount(classes_HW.flatten(), minlength=256)[:IGNORED] > 0)
-    if not found:
-        raise UserError(f"{folder / 'images'}: no images that can be read {' '.join(damaged[:1])}")
-    if damaged:
-        words = counted(len(damaged), "damaged image")
-        warn(f"{words} left out, the first: {damaged[0]}")
-    return found, np.array(shown)
+        found.append((image, mask, set(np.unique(classes_HW).tolist()) - {IGNORED}))
+    return found
 
 
 def read_mask(mask):
@@ -146,14 +139,14 @@ def patch_classes(classes_HW, h, w, classes, fine=16):
     return share_NC / share_NC.sum(dim=1, keepdim=True).clamp(min=1)
 
 
-def gather(found, extract, classes, most, seed):
-    """Patch tokens (N, D) and shares of classes (N, C) of some images; at most `most` patches."""
-    rng, tokens, shares = torch.Generator().manual_seed(seed), [], []
-    for image, mask in progress(found, desc="training images"):
+def gather(found, extract, classes):
+    """Patch tokens (N, D) and shares of classes (N, C) of some images."""
+    rng, tokens, shares = torch.Generator().manual_seed(0), [], []
+    for image, mask, _ in progress(found, desc="training images"):
         x_hwD = extract(image)
         share_NC = patch_classes(read_mask(mask), *x_hwD.shape[:2], classes)
         known = share_NC.any(dim=1).nonzero().flatten()
-        known = known[torch.randperm(len(known), generator=rng)[: max(most // len(found), 1)]]
+        known = known[torch.randperm(len(known), generator=rng)[: max(PATCHES // len(found), 1)]]
         tokens.append(x_hwD.flatten(0, 1)[known.to(x_hwD.device)])
         shares.append(share_NC[known])
     return torch.cat(tokens), torch.cat(shares).to(tokens[0].device)
@@ -162,42 +155,35 @@ def gather(found, extract, classes, most, seed):
 # ---- two ways to name a patch -------------------------------------------------------------------
 
 
-def nearest(x_ND, share_NC, neighbours):
+def nearest(x_ND, share_NC):
     """Patches (M, D) -> scores (M, C): weighted votes of the training patches most like them."""
     x_ND, label_N = F.normalize(x_ND, dim=1), share_NC.argmax(dim=1)
-    k = min(neighbours, len(x_ND))
-
-    def name(x_MD):
-        x_MD = F.normalize(x_MD, dim=1)
-        return knn_probabilities(x_ND, label_N, x_MD, share_NC.shape[1], (k,))[k]
-
-    return name
+    k, classes = min(NEIGHBOURS, len(x_ND)), share_NC.shape[1]
+    return lambda x_MD: knn_probabilities(x_ND, label_N, F.normalize(x_MD, dim=1), classes, (k,))[k]
 
 
 def linear(x_ND, share_NC, values):
     """{penalty: patches (M, D) -> scores (M, C)}; a patch of two classes is learned as such."""
-    weight_KCD, bias_KC = logistic_path(x_ND, share_NC, share_NC.shape[1], values)
-    weights = zip(values, weight_KCD.to(x_ND.device), bias_KC.to(x_ND.device), strict=True)
-    return {
-        value: lambda x_MD, w=weight_CD, b=bias_C: F.linear(x_MD, w, b)
-        for value, weight_CD, bias_C in weights
-    }
+    found = zip(values, *logistic_path(x_ND, share_NC, share_NC.shape[1], values), strict=True)
+    device = x_ND.device
+    return {v: partial(F.linear, weight=w.to(device), bias=b.to(device)) for v, w, b in found}
 
 
-def confusions(found, extract, models, classes):
-    """{name of the model: (C, C) pixels of class (row) that are called class (column)}."""
-    counts = {name: torch.zeros(classes, classes, dtype=torch.long) for name in models}
-    for image, mask in progress(found, desc="test images"):
+def confusions(found, extract, models):
+    """{name of the model: (C, C) pixels of class (row) that are called class (column)}.
+
+    C is every number that a mask can hold: a class that was never learned has an IoU of 0.
+    """
+    counts = {name: torch.zeros(IGNORED, IGNORED, dtype=torch.long) for name in models}
+    for image, mask, _ in progress(found, desc="test images"):
         x_hwD, truth_HW = extract(image), torch.tensor(read_mask(mask)).long()
         known = truth_HW != IGNORED
         for name, model in models.items():
             score_hwC = model(x_hwD.flatten(0, 1)).unflatten(0, x_hwD.shape[:2])
-            score_CHW = F.interpolate(
-                score_hwC.permute(2, 0, 1)[None], truth_HW.shape, mode="bilinear"
-            )[0]
-            guess_HW = score_CHW.argmax(dim=0).cpu()
-            pair = truth_HW[known] * classes + guess_HW[known]
-            counts[name] += pair.bincount(minlength=classes**2).view(classes, classes)
+            score_1Chw, size = score_hwC.permute(2, 0, 1)[None], truth_HW.shape
+            guess_1HW = F.interpolate(score_1Chw, size, mode="bilinear").argmax(dim=1).cpu()
+            pair = truth_HW[known] * IGNORED + guess_1HW[0][known]
+            counts[name] += pair.bincount(minlength=IGNORED**2).view(IGNORED, IGNORED)
     return counts
 
 
@@ -211,51 +197,23 @@ def mean_iou(count_CC):
     return ious(count_CC).nanmean().item()
 
 
-def floor(count_CC):
-    """The confusion of calling every pixel what most pixels are."""
-    always_CC = torch.zeros_like(count_CC)
-    truth_C = count_CC.sum(dim=1)
-    always_CC[:, truth_C.argmax()] = truth_C
-    return always_CC
-
-
 # ---- the command --------------------------------------------------------------------------------
 
-OPTIONS = {
-    "size": 448, "neighbours": 20, "values": 12, "patches": 100_000, "untrained": False, "seed": 0,
-}  # fmt: skip
-LEAST = {"size": 1, "neighbours": 1, "values": 1, "patches": 1}
 
-USAGE = """
-usage: python -m evals.dense RUN FOLDER [option=value ...] [key=value ...]
-       python -m evals.dense draw FOLDER
-
-Segments the images in FOLDER/images with the patch tokens of the backbone in RUN (a run folder or a
-file of weights), compares with FOLDER/masks (PNG, pixels are numbers of classes, 255 not counted)
-and says the mean IoU. `draw` writes such a folder to try it on. Options:
-  size=448         px, to which the shorter side of larger images is reduced
-  neighbours=20    training patches that vote
-  values=12        penalties that the linear layer tries
-  patches=100000   training patches, at most; drawn evenly from all images
-  untrained=false  true: an untrained network of this shape instead, as a floor
-Keys override the config of the run, such as precision=fp32:
-"""
-
-
-def evaluate(extract, folder, o, channels=3):
+def evaluate(extract, folder, channels=3):
     """({method: (C, C) pixels of the test images}, the penalty that was chosen)."""
-    train, shown_NC, test, _ = splits(folder, channels)
-    classes = int(shown_NC.any(axis=0).nonzero()[0].max()) + 1
-    print(f"{len(train)} training, {len(test)} test images, {classes} classes")
-    kept, held = ([train[i] for i in rows] for rows in fifth(shown_NC, folder, o.seed))
-    early = linear(*gather(kept, extract, classes, o.patches, o.seed), penalties(o.values))
-    scores = confusions(held, extract, early, classes)
+    train, test = splits(folder, channels)
+    shown = classes_of(train)
+    classes = max(shown) + 1
+    print(f"{len(train)} training, {len(test)} test images, {len(shown)} classes")
+    kept, held = fifth(train)
+    early = linear(*gather(kept, extract, classes), penalties(PENALTIES))
+    scores = confusions(held, extract, early)
     chosen = max(scores, key=lambda value: mean_iou(scores[value]))
-    x_ND, share_NC = gather(train, extract, classes, o.patches, o.seed)
-    models = {"k-NN": nearest(x_ND, share_NC, o.neighbours)}
+    x_ND, share_NC = gather(train, extract, classes)
+    models = {"k-NN": nearest(x_ND, share_NC)}
     models["linear"] = linear(x_ND, share_NC, [chosen])[chosen]
-    counts = confusions(test, extract, models, classes)
-    return counts | {"largest class": floor(counts["linear"])}, chosen
+    return confusions(test, extract, models), chosen
 
 
 def draw(folder, count=60, side=96, cells=4):
@@ -277,23 +235,19 @@ def draw(folder, count=60, side=96, cells=4):
 
 @config.report_errors
 def main(argv):
-    run, words = config.main_arguments(argv, USAGE, KEYS)
-    if not words or "=" in words[0]:
-        raise UserError("FOLDER is missing: write evals.dense RUN FOLDER")
-    folder, (o, words) = words[0], config.take_options(words[1:], OPTIONS, LEAST)
+    run, folder, words = run_and_folder(argv, __doc__)
+    o, words = config.take_options(words, {"size": 448, "untrained": False}, {"size": 1})
     if run == "draw":
         with config.writing(folder):
             return draw(folder)
     backbone, cfg = open_network(run, words)
     device = pick_device(cfg.device)
-    if o.untrained:
-        backbone = untrained(backbone, o.seed)
-    backbone.to(device)
-    counts, chosen = evaluate(
-        lambda image: patch_tokens(backbone, image, o.size, cfg, device),
-        folder, o, cfg.data.channels,
-    )  # fmt: skip
-    show(counts, chosen)
+    backbone = (untrained(backbone, 0) if o.untrained else backbone).to(device)
+
+    def extract(image):
+        return patch_tokens(backbone, image, o.size, cfg, device)
+
+    show(*evaluate(extract, folder, cfg.data.channels))
 
 
 def show(counts, chosen):

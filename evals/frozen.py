@@ -25,6 +25,20 @@ KEYS = ("data.", "crops.global_size", "precision", "device")  # what --help expl
 # ---- what is evaluated ---------------------------------------------------------------------------
 
 
+def run_and_folder(argv, usage):
+    """(RUN, FOLDER, the other words) of a command line."""
+    run, words = config.main_arguments(argv, usage, KEYS)
+    if not words or "=" in words[0]:
+        raise UserError("FOLDER is missing: it comes second; --help shows how")
+    return run, os.path.expanduser(words[0]), words[1:]
+
+
+def check_place(key, path):
+    """Raise UserError if no file can be written there, before the work and not after it."""
+    if path and not os.access(os.path.dirname(os.path.abspath(path)), os.W_OK):
+        raise UserError(f"{key}={path}: cannot be written; choose a folder that there is")
+
+
 def open_network(run, words, batch=0):
     """(backbone, Config) of a run, file or released name, to evaluate with these overrides."""
     backbone, cfg = load_backbone(run, with_config=True)

@@ -3,22 +3,32 @@
     python -m evals.linear RUN                                 on the data of the run's config
     python -m evals.linear RUN data.root=/photos save=my.pt    another labelled folder; keep it
     python -m evals.linear predict my.pt FOLDER                label other images with it
+    torchrun --nproc-per-node 8 -m evals.linear RUN            several processes
 
-Two methods on the same features: the linear probe (probe.py: 52 classifiers at once) and logistic
-regression (logistic.py: one for each strength of its penalty). Which of the candidates is best? The
-official probe asks the test images, which flatters: of 52 tickets the luckiest. Here images that
-are held out of the training set choose; then all training images train it again, and the test
-images are looked at once. The official figure stands beside it. (DINOv2 appendix B.3.)
+RUN is a run folder, a file of weights or a released name. Two methods on the same features: the
+linear probe (probe.py: 52 classifiers at once) and logistic regression (logistic.py: one for each
+strength of its penalty). Which of the candidates is best? The official probe asks the test images,
+which flatters: of 52 tickets the luckiest. Here a tenth of the training images is held out and
+chooses; then all training images train it again, and the test images are looked at once. The
+official figure stands beside it. (DINOv2 appendix B.3.)
 
 Differs from the official code, beside that choice: features are extracted once, from centre crops,
 which a CPU can do; augment=true is the official way, new random crops in every iteration.
+
+  iterations=12500   of the linear probe, as official; 0: no linear probe
+  batch=128          images of an iteration, on all processes together (official: on each)
+  augment=false      true: the backbone then computes 2 x iterations x batch images
+  logistic=45        penalties that the logistic regression tries; 0: none
+  untrained=false    true: an untrained network of this shape instead, as a floor
+  save=              file for the best classifier, with its backbone
+  seed=0             of the held-out images, the first weights and the order
+Other keys override the config of the run, such as data.root=/photos or precision=fp32.
 
 Shapes:  N training images   M test images   B batch   H candidates   C classes
          F features, columns: [CLS] after each of the last four blocks, then the mean patch
 """
 
 import json
-import os
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -34,6 +44,7 @@ from evals.classifier import BLOCKS, Classifier, features
 from evals.crops import augmented_batches, positions
 from evals.frozen import (
     KEYS,
+    check_place,
     extract,
     labelled_images,
     open_network,
@@ -139,41 +150,10 @@ def choose(s, method, train, kept, held):
 # ---- the command --------------------------------------------------------------------------------
 
 OPTIONS = {
-    "iterations": 12_500, "batch": 128, "augment": False, "logistic": 45, "held_out": 0.1,
-    "untrained": False, "save": "", "seed": 0,
+    "iterations": 12_500, "batch": 128, "augment": False, "logistic": 45, "untrained": False,
+    "save": "", "seed": 0,
 }  # fmt: skip
-LEAST = {"batch": 1, "iterations": 0, "logistic": 0}
-
-USAGE = """
-usage: python -m evals.linear RUN [option=value ...] [key=value ...]
-       torchrun --nproc-per-node 8 -m evals.linear RUN ...           several processes
-       python -m evals.linear predict CLASSIFIER FOLDER [out=labels.csv]
-
-Trains classifiers on the frozen features of the backbone in RUN (a run folder or a file of weights)
-and says how many test images they get right. Options:
-  iterations=12500      of the linear probe, as official; 0: no linear probe
-  batch=128             images of an iteration, on all processes together (official: on each)
-  augment=false         true: a new random crop each time, as official; the backbone then computes
-                        2 x iterations x batch images. false: one centre crop for each
-  logistic=45           penalties that the logistic regression tries; 0: none
-  held_out=0.1          share of the training images that choose the classifier
-  untrained=false       true: an untrained network of this shape instead, as a floor
-  save=                 file for the best classifier, with its backbone
-Keys override the config of the run, such as data.root=/photos or precision=fp32:
-"""
-
-
-def prepare(run, words):
-    """(backbone, Config, options) of a command line, checked before anything starts."""
-    o, words = config.take_options(words, OPTIONS, LEAST)
-    backbone, cfg = open_network(run, words, o.batch)
-    if not 0 < o.held_out < 1:
-        raise UserError(f"held_out={o.held_out} must be above 0 and below 1")
-    if o.save and not os.access(Path(o.save).absolute().parent, os.W_OK):
-        raise UserError(f"save={o.save}: cannot be written; choose a folder that there is")
-    if not o.iterations and not o.logistic:
-        raise UserError("iterations=0 and logistic=0 leave nothing to do: set one above 0")
-    return untrained(backbone, o.seed) if o.untrained else backbone, cfg, o
+HELD_OUT = 0.1
 
 
 def read_setup(backbone, cfg, o, device):
@@ -200,7 +180,7 @@ def read_setup(backbone, cfg, o, device):
 
 def evaluate(s):
     """[Result] of both methods."""
-    kept, held = map(torch.tensor, divide(s.label_N.cpu()[:, None].numpy(), s.o.held_out, s.o.seed))
+    kept, held = map(torch.tensor, divide(s.label_N.cpu().numpy(), HELD_OUT, s.o.seed))
     if not len(held):
         raise UserError("no class has 3 training images, so none can be held out to choose")
     results = []
@@ -216,17 +196,21 @@ def print_results(results):
     print(f"{'method':<12}{'held out':>9}{'test':>9}   chosen")
     for r in results:
         print(f"{r.method:<12}{r.held_out:>7.2f} %{r.test:>7.2f} %   {r.chosen}")
-    for r in results:
-        if r.method == "linear":
-            print(f"the best linear one on the test images, as official: {r.best:.2f} %")
+    if results[0].best is not None:
+        print(f"the best linear one on the test images, as official: {results[0].best:.2f} %")
 
 
 @config.report_errors
 def main(argv):
     if argv[:1] == ["predict"]:
         return classifiers.predict(argv[1:])
-    run, words = config.main_arguments(argv, USAGE, KEYS)
-    backbone, cfg, o = prepare(run, words)
+    run, words = config.main_arguments(argv, __doc__, KEYS)
+    o, words = config.take_options(words, OPTIONS, {"batch": 1, "iterations": 0, "logistic": 0})
+    if not o.iterations and not o.logistic:
+        raise UserError("iterations=0 and logistic=0 leave nothing to do: set one above 0")
+    backbone, cfg = open_network(run, words, o.batch)
+    check_place("save", o.save)
+    backbone = untrained(backbone, o.seed) if o.untrained else backbone
     with process_group(cfg) as device:
         s = read_setup(backbone.to(device), cfg, o, device)
         results = evaluate(s)
@@ -236,12 +220,9 @@ def main(argv):
                 best = max(results, key=lambda r: r.held_out)
                 classifier = Classifier(s.backbone, s.classes, best.weight_CF, best.bias_C)
                 classifiers.save(classifier, cfg, o.save)
-                print(f"classifier: {o.save}")
             if Path(run).is_dir() and not o.untrained:
-                path = Path(run, "linear.json")
                 rows = [dict(list(r._asdict().items())[:-2]) for r in results]  # without weights
-                with config.writing(path):
-                    path.write_text(json.dumps(rows, indent=1) + "\n")
+                config.replace_text(Path(run, "linear.json"), json.dumps(rows, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -55,7 +55,7 @@ def pair(train, test, where):
                 f"{where}: {' and '.join(number)} are parts of a data set, not classes; name them "
                 "train and val, or set data.root= to one and data.val= to the other"
             )
-        rest, held = divide(train_N[:, None], 0.1)
+        rest, held = divide(train_N, 0.1)
         if not len(held):
             raise LabelError(f"{where}: no class has 3 images, to hold one out; set data.val")
         test, train = Part(train, held), Part(train, rest)
@@ -86,25 +86,17 @@ def some(train, test, most):
     return train, Part(test, np.sort(rng.permutation(findable)[:most]))
 
 
-def divide(label_NT, share, seed=0):
+def divide(label_N, share, seed=0):
     """(rows that stay, rows held out): `share` of each class, drawn by seed; both ascending.
 
-    label_NT  (N, T): the class of each image for each of T questions; negative: not known
+    label_N  (N,): the class of each image; negative: not known, and in neither
     Data often lie in an order, so every tenth image could miss whole classes. Here one image at
     least of each class is held out, if it has three; the last one always stays.
     """
-    wanted, left = {}, {}
-    for t, label_N in enumerate(label_NT.T):
-        for c, n in zip(*np.unique(label_N[label_N >= 0], return_counts=True), strict=True):
-            left[t, c], wanted[t, c] = n, max(1, round(share * n)) if n > 2 else 0
-    held_N = np.zeros(len(label_NT), bool)
-    # First the images all of whose classes are wanted; with several questions some are left over.
-    for fits in (all, any)[: label_NT.shape[1]]:
-        for i in np.random.default_rng(seed).permutation((~held_N).nonzero()[0]):
-            own = [(t, c) for t, c in enumerate(label_NT[i].tolist()) if c >= 0]
-            if own and fits(wanted[key] > 0 for key in own) and all(left[key] > 1 for key in own):
-                held_N[i] = True
-                for key in own:
-                    wanted[key], left[key] = wanted[key] - 1, left[key] - 1
-    known_N = (label_NT >= 0).any(axis=1)
-    return (known_N & ~held_N).nonzero()[0], held_N.nonzero()[0]
+    order_N, held = np.random.default_rng(seed).permutation(len(label_N)), []
+    for c in np.unique(label_N[label_N >= 0]):
+        own = order_N[label_N[order_N] == c]
+        count = min(max(1, round(share * len(own))), len(own) - 1)
+        held.extend(own[: count if len(own) > 2 else 0])
+    held_N = np.isin(np.arange(len(label_N)), held)
+    return ((label_N >= 0) & ~held_N).nonzero()[0], held_N.nonzero()[0]

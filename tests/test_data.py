@@ -245,13 +245,13 @@ def test_without_held_out_images_a_tenth_of_each_class_is_classified_by_the_othe
 
 @pytest.mark.parametrize("period", [2, 5, 7, 10])
 def test_labels_in_any_order_have_all_classes_on_both_sides(period):
-    label_N1 = np.arange(10 * period)[:, None] % period
-    kept, held = divide(label_N1, 0.1)
-    assert np.bincount(label_N1[held, 0]).tolist() == [1] * period
-    assert np.bincount(label_N1[kept, 0]).tolist() == [9] * period
+    label_N = np.arange(10 * period) % period
+    kept, held = divide(label_N, 0.1)
+    assert np.bincount(label_N[held]).tolist() == [1] * period
+    assert np.bincount(label_N[kept]).tolist() == [9] * period
     assert sorted([*kept, *held]) == list(range(10 * period))
     assert not np.array_equal(held % 10, held[:1].repeat(period)), "systematic"
-    again, other = divide(label_N1, 0.1)[1], divide(label_N1, 0.1, seed=1)[1]
+    again, other = divide(label_N, 0.1)[1], divide(label_N, 0.1, seed=1)[1]
     assert np.array_equal(again, held) and not np.array_equal(other, held)
 
 

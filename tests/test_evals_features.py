@@ -9,7 +9,6 @@ import torch
 from running import make_photos
 
 from config import Config, to_dict
-from evals import cache
 from evals import features as eval_features
 from images.sources import open_source
 from vit import build_backbone
@@ -57,33 +56,13 @@ def test_every_image_has_its_own_features_names_and_labels(place, tmp_path, caps
     np.testing.assert_allclose(found["patches"].reshape(13, 4, -1), wanted[1], atol=1e-5)
 
 
-def test_an_interrupted_extraction_goes_on(place, tmp_path, monkeypatch):
-    monkeypatch.setattr(cache, "CHUNK", 4)
-    whole = features_of(place, tmp_path / "whole.npz")
-    extract, calls = eval_features.extract, []
-
-    def interrupted(*given):
-        calls.append(given)
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-        return extract(*given)
-
-    monkeypatch.setattr(eval_features, "extract", interrupted)
-    with pytest.raises(SystemExit):
-        features_of(place, tmp_path / "x.npz")
-    found = features_of(place, tmp_path / "x.npz")
-    assert len(calls) == 5  # four chunks, of which one was begun twice
-    assert all(np.array_equal(found[name], whole[name]) for name in whole)
-    assert [path.name for path in tmp_path.iterdir()].count("x.npz.parts") == 0
-
-
-def test_arrays_and_half_precision(place, tmp_path):
+def test_images_of_an_array_have_features_too(place, tmp_path):
     np.save(
         place / "some.npy",
         np.random.default_rng(0).integers(255, size=(5, 16, 16, 3), dtype=np.uint8),
     )
-    found = features_of(place, tmp_path / "x.npz", "float16=true", folder="some.npy")
-    assert found["features"].dtype == np.float16 and found["features"].shape == (5, 128)
+    found = features_of(place, tmp_path / "x.npz", folder="some.npy")
+    assert found["features"].dtype == np.float32 and found["features"].shape == (5, 128)
     assert "patches" not in found and found["labels"].tolist() == [-1] * 5
 
 
@@ -92,7 +71,7 @@ def test_arrays_and_half_precision(place, tmp_path):
     [
         (["{run}"], "FOLDER is missing"),
         (["{run}", "out=x.npz"], "FOLDER is missing"),
-        (["{run}", "{photos}", "out=x.npy"], "its ending must be .npz"),
+        (["{run}", "{photos}", "out=/nowhere/x.npz"], "out=/nowhere/x.npz: cannot be written"),
         (["{run}", "{photos}", "patch=true"], "unknown key patch; did you mean patches?"),
         (["{run}", "/nowhere"], "FOLDER=/nowhere: no such folder"),
     ],

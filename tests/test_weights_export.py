@@ -152,7 +152,7 @@ def test_a_run_is_exported_from_the_command_line(run_folder, capsys):
 
 
 def readme_commands():
-    for words in commands(README, "weights/export.py"):
+    for words in commands(README, "weights.export"):
         form = words[1].rpartition(".")[2]
         marks = {"safetensors": (), "pth": (), "folder": ()}.get(form, pytest.mark.slow)
         yield pytest.param(words, id=" ".join(words), marks=marks)

@@ -101,16 +101,11 @@ def test_a_518_pixel_file_is_used_at_every_size_as_documented(tmp_path, register
         assert net(image).isfinite().all()
 
 
-@pytest.mark.parametrize("earlier", [False, True])
 @pytest.mark.parametrize("name", FILES)
 @torch.no_grad()
-def test_a_golden_network_that_went_through_a_file_gives_the_golden_numbers(
-    tmp_path, name, earlier
-):
+def test_a_golden_network_that_went_through_a_file_gives_the_golden_numbers(tmp_path, name):
     vit, z = golden_vit(name)
     about = {"heads": vit.blocks[0].attn.heads}  # 16 and 24 channels do not tell them
-    if earlier:  # how earlier versions said it
-        about = {"size": [vit.dim, vit.depth, about["heads"], name.partition("_")[0]]}
     path = tmp_path / "golden.safetensors"
     save_file(vit.state_dict(), path, {"nanodinov2": json.dumps(about)})
     net = load_backbone(path)

@@ -54,24 +54,31 @@ def load_backbone(path, with_config=False):
     """
     path = teacher_file(path)
     parts, about = contents(path)
-    with torch.device("meta"):  # shapes only: the values come from the file
-        if "config" in about:
-            cfg = from_dict(about["config"], str(path))
-            cfg.attention = "auto"
+    if "config" in about:
+        cfg = from_dict(about["config"], str(path))
+        cfg.attention = "auto"
+        with torch.device("meta"):
             backbone = build_backbone(cfg)  # even its initial values are those of the run
-        else:
-            known = architecture(parts["backbone"], path, about)
-            backbone = VisionTransformer(**known)
-    fill(backbone, parts["backbone"], path, "the file is damaged, or holds another network")
-    for module in backbone.modules():
-        if isinstance(module, torch.nn.LayerNorm):
-            module.eps = about.get("eps", module.eps)
-    if with_config and "config" not in about:
-        cfg = evaluation_config(known, about.get("images"), path)
+        fill(backbone, parts["backbone"], path)
+    else:
+        backbone, known = network_of(parts["backbone"], path, about)
+        cfg = evaluation_config(known, about.get("images"), path) if with_config else None
     return (backbone.eval(), cfg) if with_config else backbone.eval()
 
 
-def fill(backbone, state, path, fix):
+def network_of(state, path, about):
+    """(backbone, arguments it was built with) that the tensors of a file are; see architecture."""
+    known = architecture(state, path, about)
+    with torch.device("meta"):  # shapes only: the values come from the file
+        backbone = VisionTransformer(**known)
+    for module in backbone.modules():
+        if isinstance(module, torch.nn.LayerNorm):
+            module.eps = about.get("eps", module.eps)
+    fill(backbone, state, path)
+    return backbone, known
+
+
+def fill(backbone, state, path, fix="the file is damaged, or holds another network"):
     """Make the tensors of a file the weights of a network on the meta device; strict."""
     shapes = {name: value.shape for name, value in backbone.named_parameters()}
     backbone.load_state_dict(fitting(state, shapes, path, fix), assign=True)
@@ -113,10 +120,7 @@ def architecture(state, path, about):
     depth = max(blocks, default=0) + 1
     registers = state["register_tokens"].shape[1] if "register_tokens" in state else 0
     known = {size[:2]: size[2] for size in SIZES.values()}
-    guess = known.get((dim, depth), dim // 64)
-    if isinstance(about.get("size"), list | tuple):  # how older files of ours say it
-        guess = about["size"][2]
-    heads = about.get("heads", guess)
+    heads = about.get("heads", known.get((dim, depth), dim // 64))
     if not heads or dim % heads:
         raise UserError(
             f"{path}: {dim} channels do not tell the number of heads; use the run folder or "
