@@ -13,14 +13,10 @@ RUN is a run folder or a file of weights. Each writes one picture and says where
 
 Words after these, as key=value:
   out         where the picture goes; otherwise into RUN, or here if RUN is a file
-  size        pixels of the shorter side as the network gets it; 0: its own, at most 32 patches
   shifts      times a side that an image is read, moved by parts of a patch, for a finer map;
               0: as many as give 24 rows and columns
-  layer       block to look into, from 0, or from the end: -1 is the last
+  layer       attention: block to look into, from 0, or from the end: -1 is the last
   foreground  pca, match: true finds the objects by the first component, and shows only them
-  points      match: keypoints in the first image, .json (see matching.py); if they are known in
-              the second too, the share that is found (PCK) is measured
-  alpha       match: how near counts as found, as a share of the longer side
   data        neighbours: data set to search, as data.root; otherwise that of the run
   count       neighbours: how many
 """
@@ -33,34 +29,23 @@ import torch
 
 from config import UserError, report_errors, take_options
 from images.evaluation import labelled_images
-from images.reader import read_image
+from images.reader import read_image, reason
 from images.sources import Arrays, open_source
 from parallel import pick_device, progress
 from pictures import matching, sheets
 from pictures.history import animate, draw_curves
 from pictures.neighbours import before_and_after, draw
 from pictures.patches import attention_maps, foreground, patch_features, pca_colours
-from pictures.plot import BLUE, GREEN, INK, ORANGE, PAPER
 from weights.load import load_backbone
-
-# What each command that looks into a network can be told; `out` all can.
-READING = {"size": 0, "shifts": 0, "layer": -1}
-FINDING = READING | {"foreground": False}
-MATCHING = FINDING | {"points": "", "alpha": 0.1}
-LEAST = {"size": 0, "shifts": 0, "alpha": 0, "count": 1}
 
 
 class Network:
     """A backbone and what it needs to know of its images."""
 
-    def __init__(self, run, o=None):
+    def __init__(self, run):
         net, self.cfg = load_backbone(run, with_config=True)
         self.net = net.to(pick_device(self.cfg.device))
         self.norm = self.cfg.data.mean, self.cfg.data.std
-        if getattr(o, "shifts", 0) > net.patch:
-            raise UserError(f"shifts={o.shifts}: a patch has {net.patch} pixels, use at most that")
-        if not -net.depth <= getattr(o, "layer", 0) < net.depth:
-            raise UserError(f"layer={o.layer}: the network has blocks 0 to {net.depth - 1}")
 
     def read(self, file):
         """A picture or array as (H, W, C) with the channels of the network."""
@@ -68,32 +53,23 @@ class Network:
         try:
             image = read_image(file, channels, max_pixels=0)
         except Exception as error:  # a decoder fed with damaged bytes raises anything
-            reason = str(getattr(error, "strerror", None) or error)
-            reason = reason.partition(", but data.channels")[0]  # a key that cannot be set here
             raise UserError(
-                f"{file}: {reason}; this network reads images of {channels} channels"
+                f"{file}: {reason(error)} (this network reads images of {channels} channels)"
             ) from None
         if image.dtype.kind == "f" and not (abs(image - mean) < 30 * std).all():
-            raise UserError(
-                f"{file}: values from {image.min():g} to {image.max():g}, but this network knows "
-                f"floats around {mean.mean():g}, mostly in 0..1; scale them, or save them as uint8"
-            )
+            raise UserError(f"{file}: floats far from data.mean; scale them, or save them as uint8")
         return image
 
-    def features(self, images, o):
+    def features(self, images, shifts):
         bar = progress(images, desc="patch features", unit=" images")
-        more = o.size, o.shifts, o.layer % self.net.depth
-        return [patch_features(self.net, image, *self.norm, *more) for image in bar]
-
-
-# ---- PCA and attention --------------------------------------------------------------------------
+        return [patch_features(self.net, image, *self.norm, shifts) for image in bar]
 
 
 def pca(run, files, o, path):
     """Patch features as colours, alike over all images."""
-    network = Network(run, o)
+    network = Network(run)
     images = [network.read(file) for file in files]
-    features = network.features(images, o)
+    features = network.features(images, o.shifts)
     rows = [(["images"], images, [Path(file).name for file in files])]
     rows.append((["PCA of patch features"], pca_colours(features), None))
     if o.foreground:
@@ -105,14 +81,16 @@ def pca(run, files, o, path):
 
 def attention(run, files, o, path):
     """For each image a row for [CLS] and for each register: the mean of the heads, and each."""
-    network = Network(run, o)
+    network = Network(run)
     rows, depth, heads = [], network.net.depth, network.net.blocks[0].attn.heads
+    if not -depth <= o.layer < depth:
+        raise UserError(f"layer={o.layer}: the network has blocks 0 to {depth - 1}")
     block = o.layer % depth
     columns = heads + 2 if heads <= 8 else (heads + 3) // 2  # with the image and the mean
     side = min(max(1300 // columns, 170), 260)  # the words need 170
     for file in progress(files, desc="attention", unit=" images"):
         image = network.read(file)
-        maps = attention_maps(network.net, image, *network.norm, block, o.size, o.shifts)
+        maps = attention_maps(network.net, image, *network.norm, block, o.shifts)
         for token, map_AHW in enumerate(maps):
             title = f"register {token}" if token else "[CLS]"
             title = f"{Path(file).name}: attention of {title}, block {block} (of 0 to {depth - 1})"
@@ -125,72 +103,13 @@ def attention(run, files, o, path):
     return sheets.write(sheets.bands(rows, side, columns), path)
 
 
-# ---- matching -----------------------------------------------------------------------------------
-
-
 def match(run, files, o, path):
-    """Mutual nearest patches, the dense field, and keypoints with PCK, of two images."""
-    network = Network(run, o)
+    """Mutual nearest patches of two images, and the nearest of every patch."""
+    network = Network(run)
     images = [network.read(file) for file in files]
-    sizes = [(image.shape[1], image.shape[0]) for image in images]
-    points = matching.read_points(o.points, sizes) if o.points else None
-    maps = network.features(images, o)
+    maps = network.features(images, o.shifts)
     keep = foreground(maps) if o.foreground else [torch.ones(m.shape[:2]).bool() for m in maps]
-    pairs = matching.mutual_nearest(*maps)
-    pairs = pairs[keep[0].flatten()[pairs[:, 0]] & keep[1].flatten()[pairs[:, 1]]]
-    # Places of the left image have colours, and those on the right have that of their nearest.
-    left = sheets.position_colours(*maps[0].shape[:2])
-    colours = left.reshape(-1, 3)
-    right = colours[matching.nearest(maps[1], maps[0])[0].numpy()]
-    fields = [c * k.numpy()[:, :, None] for c, k in zip((left, right), keep, strict=True)]
-    tinted, _ = sheets.beside([sheets.tinted(*both) for both in zip(images, fields, strict=True)])
-    linked, at = sheets.beside(images)
-    for pair in matching.best_of_regions(pairs, maps[0].shape):
-        ends = [at(n, matching.centres(pair[n], maps[n], sizes[n])) for n in (0, 1)]
-        colour = tuple(colours[pair[0]].tolist())
-        linked.line(ends, PAPER, 3)
-        linked.line(ends, colour, 1.6)
-        for x, y in ends:
-            linked.dot(x, y, colour)
-    count = f"{len(pairs):,} of {keep[0].sum():,}"
-    bands = {
-        f"mutual nearest patches: {count}, of which the best of each region": linked,
-        "every patch on the right has the colour of its nearest on the left": tinted,
-    }
-    if points:
-        bands |= keypoints(images, *points, matching.transfer(points[0], *maps, *sizes), o.alpha)
-    rows = [([title], [np.asarray(page.finished())], None) for title, page in bands.items()]
-    return sheets.write(sheets.bands(rows, linked.size[0]), path)
-
-
-def keypoints(images, points, truth, found, alpha):
-    """Numbered points left, where they were found right, and how far that is from the truth.
-
-    Returns {title: page}. PCK, where the truth is known, is printed too.
-    """
-    page, at = sheets.beside(images)
-    title = f"{len(found)} keypoints of the left image, found in the right one"
-    if truth is not None:
-        longer = max(images[1].shape[:2])
-        share = matching.pck(found, truth, alpha, longer)
-        title = f"PCK@{alpha:g} = {share:.1f} % of {len(found)} keypoints"
-        print(f"{title} (within {alpha * longer:.1f} pixels, {alpha:g} of the longer side)")
-        title += "; a cross is where one belongs, a line how far it is off"
-    for i, ends in enumerate(zip(points, found, strict=True)):
-        if truth is not None:
-            x, y = at(1, truth[i])
-            page.line([(x, y), at(1, found[i])], PAPER, 2)
-            for colour, wide in ((PAPER, 4), (INK, 2)):
-                page.line([(x - 5, y + 5), (x + 5, y - 5)], colour, wide)
-                page.line([(x - 5, y - 5), (x + 5, y + 5)], colour, wide)
-        for side, point in enumerate(ends):
-            x, y = at(side, point)
-            page.dot(x, y, (BLUE, ORANGE, GREEN)[i % 3], 8.6)
-            page.text(x, y, str(i), 11, PAPER, "mm")
-    return {title: page}
-
-
-# ---- neighbours ---------------------------------------------------------------------------------
+    return matching.draw(images, maps, keep, path)
 
 
 def unlabelled(network, files):
@@ -202,7 +121,7 @@ def unlabelled(network, files):
 
 def neighbours(run, files, o, path):
     """The images of a data set whose [CLS] features are most like those of a query."""
-    network = Network(run, o)
+    network = Network(run)
     cfg = network.cfg
     if o.data:
         cfg.data.root, cfg.data.val = o.data, ""
@@ -215,15 +134,13 @@ def neighbours(run, files, o, path):
     return draw(networks, unlabelled(network, files), pool, cfg, path, o.count)
 
 
-# ---- command line -------------------------------------------------------------------------------
-
-# Of each command what draws it, what follows it, and its options.
+# Of each command what draws it, what follows it, and its options; `out` all have.
 COMMANDS = {
     "curves": (lambda run, others, o, path: draw_curves(run, path, others), "RUN [RUN ...]", {}),
     "neighbours": (neighbours, "RUN [IMAGE ...]", {"data": "", "count": 5}),
-    "match": (match, "RUN IMAGE IMAGE", MATCHING),
-    "pca": (pca, "RUN IMAGE ...", FINDING),
-    "attention": (attention, "RUN IMAGE ...", READING),
+    "match": (match, "RUN IMAGE IMAGE", {"shifts": 0, "foreground": False}),
+    "pca": (pca, "RUN IMAGE ...", {"shifts": 0, "foreground": False}),
+    "attention": (attention, "RUN IMAGE ...", {"shifts": 0, "layer": -1}),
     "animation": (lambda run, files, o, path: animate(run, path), "RUN", {}),
 }
 
@@ -237,7 +154,7 @@ def main(argv):
     if command not in COMMANDS:
         raise UserError(f"{command}: unknown picture; use one of {', '.join(COMMANDS)}")
     drawn, usage, options = COMMANDS[command]
-    o, words = take_options(words, {"out": ""} | options, LEAST)
+    o, words = take_options(words, {"out": ""} | options, least={"shifts": 0, "count": 1})
     least = sum(word.isalpha() for word in usage.split())
     if len(words) < least or (len(words) > least and "..." not in usage):
         raise UserError(f"write `python -m pictures {command} {usage}`; --help says more")

@@ -137,10 +137,7 @@ def animate(run, path, milliseconds=500, side=160):
         )
     frames = []
     for file in files:
-        try:
-            arrays = dict(np.load(file))
-        except Exception as error:  # of a damaged file numpy raises anything
-            raise UserError(f"{file}: cannot be read ({error}); delete it") from None
+        arrays = dict(np.load(file))
         images = [arrays[f"image_{i}"] for i in range(len(arrays) // 2)]
         frames.append([torch.tensor(arrays[f"features_{i}"]).float() for i in range(len(images))])
     steps = [int(file.stem) for file in files]

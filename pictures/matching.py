@@ -1,109 +1,95 @@
-"""Which place of one image is which of another: nearest patches, keypoints, and how often right.
+"""Which place of one image is which of another: patches that are each other's nearest.
 
-Shapes:  H W rows and columns of a feature map   D channels of a feature   K pairs, or points
-Points are (x, y) in pixels from the upper left corner of the image; sizes are (width, height).
+Shapes:  H W rows and columns of a feature map   D channels of a feature   K pairs
+A place is the number of a patch on its map: row * W + column.
 """
 
-import json
-from pathlib import Path
+import random
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 
-from config import UserError
-
-
-def unit(features):
-    """(H, W, D) -> (H * W, D), each row of length 1: products of rows are cosines."""
-    return F.normalize(features.flatten(0, 1).float(), dim=1)
+from pictures import sheets
+from pictures.plot import PAPER, Page
 
 
 def nearest(a, b):
-    """For every patch of a (H, W, D) the most similar one of b: place (H, W) as row * W_b + column,
-    and cosine (H, W)."""
-    parts = [(rows @ unit(b).T).max(dim=1) for rows in unit(a).split(4096)]  # bounded memory
-    cosine, place = (torch.cat(x).unflatten(0, a.shape[:2]) for x in zip(*parts, strict=True))
-    return place, cosine
+    """For every patch of a (H, W, D) the place (H, W) of the most similar one of b, by cosine."""
+    a_ND, b_ND = (F.normalize(x.flatten(0, 1).float(), dim=1) for x in (a, b))
+    parts = [(rows @ b_ND.T).argmax(dim=1) for rows in a_ND.split(4096)]  # bounded memory
+    return torch.cat(parts).unflatten(0, a.shape[:2])
 
 
 def mutual_nearest(a, b):
     """Pairs (K, 2) of places in a and in b that are each other's nearest.
 
-    The best first. A pair that holds both ways is far more often right than one that does not.
+    A pair that holds both ways is far more often right than one that does not.
     """
-    (to_b, cosine), (to_a, _) = nearest(a, b), nearest(b, a)
-    to_b, to_a, cosine = to_b.flatten(), to_a.flatten(), cosine.flatten()
+    to_b, to_a = nearest(a, b).flatten(), nearest(b, a).flatten()
     here = torch.arange(len(to_b))
-    mutual = here[to_a[to_b] == here]
-    mutual = mutual[cosine[mutual].argsort(descending=True, stable=True)]
-    return torch.stack((mutual, to_b[mutual]), dim=1)
+    here = here[to_a[to_b] == here]
+    return torch.stack((here, to_b[here]), dim=1)
 
 
-def centres(place, grid, size):
-    """Places (row * W + column) on a grid (H, W, ...) -> the middles of these patches, pixels"""
-    row, column = place // grid.shape[1], place % grid.shape[1]
-    x = (column + 0.5) * size[0] / grid.shape[1]
-    y = (row + 0.5) * size[1] / grid.shape[0]
-    return torch.stack((x, y), dim=-1)
+def draw(images, maps, keep, path, lines=40):
+    """Two images with lines between mutual nearest patches, and the nearest of every patch.
 
-
-def transfer(points, a, b, size_a, size_b):
-    """Where points (K, 2) of image a lie in image b: pixels (K, 2).
-
-    The feature at a point is interpolated between the patches around it, and the most similar patch
-    of b is the answer: it is as exact as the map of b is fine.
+    maps  their features (H, W, D)
+    keep  which of their patches to show: bool (H, W)
     """
-    at = (2 * torch.as_tensor(points) / torch.tensor(size_a) - 1).float()  # -1..1, as grid_sample
-    map_a = F.normalize(a.float(), dim=2).permute(2, 0, 1)[None]
-    feature = F.grid_sample(map_a, at[None, None], padding_mode="border", align_corners=False)
-    place = (feature[0, :, 0].T @ unit(b).T).argmax(dim=1)
-    return centres(place, b, size_b)
+    pairs = mutual_nearest(*maps)
+    pairs = pairs[keep[0].flatten()[pairs[:, 0]] & keep[1].flatten()[pairs[:, 1]]]
+    # Places of the left image have colours, and those on the right have that of their nearest.
+    left = position_colours(*maps[0].shape[:2])
+    colours = left.reshape(-1, 3)
+    right = colours[nearest(maps[1], maps[0]).numpy()]
+    linked, lefts = beside(images)
+    for pair in random.Random(0).sample(pairs.tolist(), min(lines, len(pairs))):
+        ends = []
+        for place, grid, image, x in zip(pair, maps, images, lefts, strict=True):
+            row, column = divmod(place, grid.shape[1])
+            width = linked.size[1] * image.shape[1] / image.shape[0]
+            x += (column + 0.5) / grid.shape[1] * width
+            ends.append((x, (row + 0.5) / grid.shape[0] * linked.size[1]))
+        colour = tuple(colours[pair[0]].tolist())
+        linked.line(ends, PAPER, 3)
+        linked.line(ends, colour, 1.6)
+        for x, y in ends:
+            linked.dot(x, y, colour)
+    fields = [c * k.numpy()[:, :, None] for c, k in zip((left, right), keep, strict=True)]
+    field, _ = beside([tinted(*both) for both in zip(images, fields, strict=True)])
+    count = f"{len(pairs):,} of {keep[0].sum():,}, at most {lines} of them drawn"
+    pages = {
+        f"mutual nearest patches: {count}": linked,
+        "every patch on the right has the colour of its nearest on the left": field,
+    }
+    rows = [([title], [np.asarray(page.finished())], None) for title, page in pages.items()]
+    return sheets.write(sheets.bands(rows, linked.size[0]), path)
 
 
-def pck(found, truth, alpha, extent):
-    """Percentage of correct keypoints: found (K, 2) within alpha * extent pixels of truth (K, 2).
-
-    extent  the longer side of the image where they are searched, or of the object's box there
-            (SPair-71k, PF-Pascal)
-    """
-    distance = (torch.as_tensor(found) - torch.as_tensor(truth)).double().norm(dim=1)
-    return 100 * (distance <= alpha * extent).double().mean().item()
+def position_colours(rows, columns):
+    """uint8 (rows, columns, 3): hue goes with the column, depth with the row."""
+    y, x = np.mgrid[0 : 1 : rows * 1j, 0 : 1 : columns * 1j]
+    hsv = np.stack([216 * x, 110 + 145 * y, 255 - 110 * y], axis=-1).astype(np.uint8)
+    return np.asarray(Image.fromarray(hsv, "HSV").convert("RGB"))
 
 
-def best_of_regions(pairs, grid, regions=6):
-    """Of the pairs, best first, one for each of regions x regions parts of the first image."""
-    chosen = {}
-    for i, j in pairs.tolist():
-        row, column = divmod(i, grid[1])
-        chosen.setdefault((row * regions // grid[0], column * regions // grid[1]), (i, j))
-    return torch.tensor(list(chosen.values()), dtype=torch.long).reshape(-1, 2)
+def tinted(pixels, colours):
+    """An image in the colours (h, w, 3) of its patches: its own light remains, its hue does not."""
+    image = sheets.fit(sheets.picture(pixels), 1440)
+    colours = np.asarray(Image.fromarray(colours).resize(image.size, Image.Resampling.NEAREST))
+    light = np.asarray(image.convert("L"), np.float32)[:, :, None] / 255
+    return (colours * (0.55 + 0.45 * light)).astype(np.uint8)
 
 
-# ---- files --------------------------------------------------------------------------------------
-
-
-def read_points(path, sizes):
-    """Keypoints of a file: (points of a (K, 2), points of b (K, 2) or None).
-
-    {"a": [[x, y], ...], "b": [[x, y], ...]}
-    b, with which PCK is measured, may be left out. sizes are those of the two images.
-    """
-    try:
-        given = json.loads(Path(path).read_text(encoding="utf-8"))
-        a = torch.tensor(given.get("a", []), dtype=torch.float64)
-        b = torch.tensor(given["b"], dtype=torch.float64) if "b" in given else None
-        if more := given.keys() - {"a", "b"}:
-            raise ValueError(f"unknown {', '.join(more)}")
-        if a.shape[1:] != (2,) or (b is not None and b.shape != a.shape):
-            raise ValueError("a and b must be equally many pairs [x, y]")
-        for name, points, size in zip("ab", (a, b), sizes, strict=True):
-            for x, y in points.tolist() if points is not None else []:
-                if not (0 <= x <= size[0] and 0 <= y <= size[1]):
-                    raise ValueError(f"({x:g}, {y:g}) of {name} lies outside its image of {size}")
-    except (OSError, ValueError, TypeError, AttributeError, RuntimeError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(
-            f'points={path}: {reason}; write {{"a": [[x, y], ...], "b": [[x, y], ...]}}, in pixels '
-            "from the upper left corners"
-        ) from None
-    return a, b
+def beside(pictures, width=988, highest=420, gap=24):
+    """Two pictures of one height side by side on a Page, and where each begins there."""
+    forms = [p.shape[1] / p.shape[0] for p in pictures]
+    height = min(highest, round((width - gap) / sum(forms)))
+    page, lefts = Page(width, height), (0, height * forms[0] + gap)
+    for each, left, form in zip(pictures, lefts, forms, strict=True):
+        image = sheets.fit(sheets.picture(each), page.zoom * height * max(1, form))
+        page.large.paste(image, (round(page.zoom * left), 0))
+    return page, lefts

@@ -21,20 +21,17 @@ import torch.nn.functional as F
 from attention import pack
 from images.evaluation import normalised, resize
 
-SHORT_SIDE = 32  # patches: what a larger picture is reduced to, unless a size is asked for
+SHORT_SIDE = 32  # patches along the shorter side: what a larger picture is reduced to
 FINE = 24  # rows and columns that a map has at least, if need be by shifts
 
 
 # ---- reading an image ---------------------------------------------------------------------------
 
 
-def to_pixels(image, patch, mean, std, size=0):
-    """uint8 (H, W, C) -> normalised (1, C, height, width), both multiples of the patch.
-
-    size  pixels of the shorter side; 0: those of the image, but 1 to SHORT_SIDE patches
-    """
+def to_pixels(image, patch, mean, std):
+    """uint8 (H, W, C) -> normalised (1, C, height, width), both multiples of the patch."""
     short = min(image.shape[:2])
-    factor = (size or min(max(short, patch), SHORT_SIDE * patch)) / short
+    factor = min(max(short, patch), SHORT_SIDE * patch) / short
     height, width = (max(1, round(n * factor / patch)) * patch for n in image.shape[:2])
     pixels = torch.tensor(resize(image, height, width)).permute(2, 0, 1)
     return normalised(pixels, mean, std)[None]
@@ -44,10 +41,10 @@ def shifted(pixels, patch, shifts=0):
     """(1, C, height, width) -> (S * S, C, height, width): moved by parts of a patch, edges kept.
 
     View s is centred on the s-th of S equal parts of each patch; with one shift nothing moves.
-    shifts  S; 0: as many as give a map of FINE rows and columns; a patch has only so many pixels
+    shifts  S, at most the pixels of a patch; 0: as many as give a map of FINE rows and columns
     """
     height, width = pixels.shape[2:]
-    shifts = shifts or min(math.ceil(FINE * patch / min(height, width)), patch)
+    shifts = min(shifts or math.ceil(FINE * patch / min(height, width)), patch)
     wide = F.pad(pixels, [patch] * 4, mode="replicate")
     at = [patch + (2 * i + 1) * patch // (2 * shifts) - patch // 2 for i in range(shifts)]
     return torch.cat([wide[:, :, y : y + height, x : x + width] for y in at for x in at])
@@ -61,21 +58,17 @@ def interleave(grids):
 
 
 @torch.no_grad()
-def patch_features(net, image, mean, std, size=0, shifts=0, layer=None, dtype=torch.float32):
+def patch_features(net, image, mean, std, shifts=0, dtype=torch.float32):
     """uint8 image of any size -> its patch features (H, W, D), fp32, on the CPU.
 
-    size    pixels of the shorter side as the network gets it; 0: see to_pixels
     shifts  S; 0: see shifted
-    layer   the block whose output it is, under the final norm; None: the last
     dtype   of the images, and so of what is computed
     """
-    pixels = to_pixels(image, net.patch, mean, std, size).to(net.pos_embed.device)
+    pixels = to_pixels(image, net.patch, mean, std).to(net.pos_embed.device)
     tokens = []
     for views in shifted(pixels, net.patch, shifts).to(dtype).split(16):  # bounded memory
-        if layer is None:  # called, not one of its methods: the call gathers sharded weights
-            tokens.append(net(views, is_training=True)["x_norm_patchtokens"].float().cpu())
-        else:
-            tokens.append(net.get_intermediate_layers(views, [layer])[0].float().cpu())
+        # Called, not one of its methods: the call gathers sharded weights.
+        tokens.append(net(views, is_training=True)["x_norm_patchtokens"].float().cpu())
     return interleave(torch.cat(tokens).unflatten(1, (pixels.shape[2] // net.patch, -1)))
 
 
@@ -103,12 +96,12 @@ def attention_weights(net, pixels, layer):
     return scores.float().softmax(dim=-1)
 
 
-def attention_maps(net, image, mean, std, layer, size=0, shifts=0):
+def attention_maps(net, image, mean, std, layer, shifts=0):
     """Attention of [CLS] and registers to each place: (1 + R, A, H, W).
 
     A map's sum, at most one, is the share that goes to patches; [CLS] and registers get the rest.
     """
-    pixels = to_pixels(image, net.patch, mean, std, size).to(net.pos_embed.device)
+    pixels = to_pixels(image, net.patch, mean, std).to(net.pos_embed.device)
     views = shifted(pixels, net.patch, shifts)
     weights = attention_weights(net, views, layer)[..., 1 + net.registers :].cpu()
     grids = weights.movedim(3, 1).unflatten(1, (pixels.shape[2] // net.patch, -1))
@@ -171,27 +164,13 @@ def foreground(features):
     """Which patches show the objects: bool (H, W) per image, jointly over the images.
 
     The first principal direction separates objects from what is around them (DINOv2, section 7.5).
-    It is cut where Otsu's threshold lies, and the foreground is the side that is rarer along the
-    borders of the images than in them.
+    The foreground is the side of its mean that is rarer along the borders of the images than in
+    them.
     """
-    first_N = components(features, count=1)[:, 0]
-    above = as_maps(first_N > otsu(first_N), features)
+    above = as_maps(components(features, count=1)[:, 0] > 0, features)
     border = torch.cat([torch.cat((a[0], a[-1], a[:, 0], a[:, -1])) for a in above])
     turned = border.double().mean() > flat(above).double().mean()
     return [a != turned for a in above]
-
-
-def otsu(x_N):
-    """The value that cuts numbers into two groups whose means lie furthest apart (Otsu 1979).
-
-    maximise  w (1 - w) (mean below - mean above)^2,   w the share of those below
-    """
-    x_N = x_N.sort().values
-    below = torch.arange(1, len(x_N), dtype=x_N.dtype)
-    sums = x_N.cumsum(0)[:-1]
-    gap = sums / below - (x_N.sum() - sums) / (len(x_N) - below)
-    spread = below * (len(x_N) - below) * gap**2
-    return x_N[spread.argmax()] if len(spread) else x_N[0]
 
 
 def steady_colours(frames):

@@ -4,13 +4,13 @@ Everything is drawn at three times its size and reduced at the end, which gives 
 a plotting library. Coordinates are pixels of the finished page, from its upper left corner.
 """
 
+import functools
 import math
+import unicodedata
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image, ImageDraw
-
-from pictures.letters import lettering, text_width
+from PIL import Image, ImageDraw, ImageFont
 
 # The colours of Okabe and Ito (2008): readers with any kind of colour vision can tell them apart.
 BLUE, SKY, GREEN, ORANGE, PINK = "#0072B2", "#56B4E9", "#009E73", "#E69F00", "#CC79A7"
@@ -45,11 +45,24 @@ class Page:
             self.draw.ellipse([(a * self.zoom, b * self.zoom) for a, b in corners], hue)
 
     def text(self, x, y, words, size=12, colour=INK, anchor="la"):
-        words, font = lettering(words, size * self.zoom)
-        self.draw.text((x * self.zoom, y * self.zoom), words, colour, font, anchor)
+        words, letters = in_ascii(words), font(size * self.zoom)
+        self.draw.text((x * self.zoom, y * self.zoom), words, colour, letters, anchor)
 
     def finished(self):
         return self.large.resize(self.size, Image.Resampling.LANCZOS)
+
+
+font = functools.cache(ImageFont.load_default)  # of a size in pixels
+
+
+def in_ascii(words):
+    """Words as Pillow's own font has them: é as e, a letter of another script as its escape."""
+    letters = unicodedata.normalize("NFKD", words)  # é as e and its accent
+    return ascii("".join(letter for letter in letters if not unicodedata.combining(letter)))[1:-1]
+
+
+def text_width(words, size):
+    return font(size).getlength(in_ascii(words))
 
 
 def panel(page, box, title, lines, last, from_zero=False):

@@ -11,9 +11,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
-from config import UserError
-from pictures.letters import lettering, text_width
-from pictures.plot import GREY, PAPER, Page
+from config import writing
+from pictures.plot import GREY, PAPER, font, in_ascii, text_width
 
 
 def bands(rows, side=160, per_row=8):
@@ -53,8 +52,7 @@ def bands(rows, side=160, per_row=8):
 
 def caption(sheet, x, y, words):
     """Small grey words that begin at x, the middle of their height at y."""
-    words, font = lettering(words, 13)
-    ImageDraw.Draw(sheet).text((x, y), words, GREY, font, "lm")
+    ImageDraw.Draw(sheet).text((x, y), in_ascii(words), GREY, font(13), "lm")
 
 
 def shortened(words, width):
@@ -62,16 +60,14 @@ def shortened(words, width):
     short, kept = words, len(words)
     while text_width(short, 13) > width:
         kept -= 1
-        short = f"{words[: kept // 2]}…{words[kept // 2 - kept :]}"
+        short = f"{words[: kept // 2]}...{words[kept // 2 - kept :]}"
     return short
 
 
 def write(image, path, **options):
     """Save a picture; returns where it is."""
-    try:
+    with writing(path):
         image.save(path, **options)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be written ({error}); choose another place") from None
     return Path(path)
 
 
@@ -130,38 +126,3 @@ def overlay(pixels, values, side):
     grey = np.asarray(image.convert("L"), np.float32)[:, :, None]
     share = 0.15 + 0.8 * values[:, :, None]
     return (grey * (1 - share) + heat(values) * share).clip(0, 255).astype(np.uint8)
-
-
-def tinted(pixels, colours):
-    """An image in the colours (h, w, 3) of its patches: its own light remains, its hue does not."""
-    image = picture(pixels)
-    image = image.resize([n * max(1, -(-400 // min(image.size))) for n in image.size], 0)
-    colours = np.asarray(picture(colours).resize(image.size, Image.Resampling.NEAREST))
-    light = np.asarray(image.convert("L"), np.float32)[:, :, None] / 255
-    return (colours * (0.55 + 0.45 * light)).astype(np.uint8)
-
-
-def position_colours(rows, columns):
-    """uint8 (rows, columns, 3): hue goes with the column, depth with the row."""
-    y, x = np.mgrid[0 : 1 : rows * 1j, 0 : 1 : columns * 1j]
-    hsv = np.stack([216 * x, 110 + 145 * y, 255 - 110 * y], axis=-1).astype(np.uint8)
-    return np.asarray(Image.fromarray(hsv, "HSV").convert("RGB"))
-
-
-def beside(pictures, width=988, highest=420, gap=24):
-    """Two pictures side by side on a Page, to be drawn on, and where their points are there.
-
-    at(side, (x, y))  place on the page of a pixel of the left (0) or right (1) picture
-    """
-    forms = [p.shape[1] / p.shape[0] for p in pictures]
-    height = min(highest, round((width - gap) / sum(forms)))
-    page, lefts = Page(width, height), (0, height * forms[0] + gap)
-    for each, left, form in zip(pictures, lefts, forms, strict=True):
-        image = fit(picture(each), page.zoom * height * max(1, form))
-        page.large.paste(image, (round(page.zoom * left), 0))
-
-    def at(side, point):
-        scale = height / pictures[side].shape[0]
-        return lefts[side] + float(point[0]) * scale, float(point[1]) * scale
-
-    return page, at

@@ -4,10 +4,8 @@
 
 islands_1.png   round pieces of three images, strewn with glyphs, on ground without
 islands_2.png   the same pieces moved and turned, on other ground
-islands.json    keypoints: places in the first picture, and where they are in the second
 """
 
-import json
 import sys
 from pathlib import Path
 
@@ -24,8 +22,6 @@ PIECES = [
     (synthetic.CLASSES.index("dusk bars"), (84, 62), (66, 30), -15),
     (synthetic.CLASSES.index("garden cross"), (116, 32), (30, 64), 30),
 ]
-# of each piece: its middle and four places around it, as shares of its radius
-AROUND = [(0, 0), (0.55, 0), (-0.55, 0), (0, 0.55), (0, -0.55)]
 
 
 def picture(pieces, centres, angles, rng):
@@ -41,26 +37,14 @@ def picture(pieces, centres, angles, rng):
     return (canvas + 0.5).astype(np.uint8)
 
 
-def keypoints(centres, angles):
-    """[x, y] of the places AROUND each piece; Pillow turns against the clock, y points down."""
-    points = []
-    for centre, angle in zip(centres, np.radians(angles), strict=True):
-        turn = np.array([[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]])
-        points += (np.array(centre) + RADIUS * np.array(AROUND) @ turn.T).round(1).tolist()
-    return points
-
-
 def main(folder):
     folder = Path(folder)
     labels, *centres, angles = zip(*PIECES, strict=True)
     rng = np.random.default_rng(0)
     pieces = synthetic.draw(rng, np.array(labels), 2 * RADIUS)
-    points = {}
-    for name, number, at, turned in zip("ab", "12", centres, [(0, 0, 0), angles], strict=True):
+    for number, at, turned in zip("12", centres, [(0, 0, 0), angles], strict=True):
         image = picture(pieces, at, turned, rng)
         Image.fromarray(image).save(folder / f"islands_{number}.png")
-        points[name] = keypoints(at, turned)
-    (folder / "islands.json").write_text(json.dumps(points) + "\n")
 
 
 if __name__ == "__main__":

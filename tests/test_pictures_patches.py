@@ -87,19 +87,6 @@ def test_patches_that_are_not_kept_are_black_and_do_not_count():
     assert (colours[1:5, 1:5].max(axis=-1) > 0).all()
 
 
-def test_otsu_is_the_best_of_all_cuts():
-    x = torch.cat((torch.randn(40), 5 + torch.randn(15))).double()
-    best = max(x.tolist(), key=lambda cut: spread(x, cut))
-    assert patches.otsu(x).item() == best
-
-
-def spread(x, cut):
-    below, above = x[x <= cut], x[x > cut]
-    if not len(above):
-        return 0
-    return len(below) * len(above) * (below.mean() - above.mean()).item() ** 2
-
-
 @pytest.mark.parametrize("sign", [1, -1])
 def test_the_foreground_is_what_lies_inside_whichever_way_the_axis_points(sign):
     inside = torch.zeros(2, 8, 10, dtype=torch.bool)
@@ -161,21 +148,11 @@ def test_shifts_give_each_place_the_patch_around_it():
         assert (got[inner, inner, 1] - columns[inner]).abs().max() <= (0 if shifts == 1 else 0.51)
 
 
-def test_size_sets_the_shorter_side_and_keeps_proportions():
-    for size, shape in [(0, (20, 40)), (16, (16, 32)), (30, (32, 60))]:
-        assert patches.to_pixels(image(20, 40), 4, MEAN, STD, size).shape[2:] == shape
+def test_images_keep_their_size_and_proportions_up_to_32_patches():
+    assert patches.to_pixels(image(20, 40), 4, MEAN, STD).shape[2:] == (20, 40)
     assert patches.to_pixels(image(2, 16), 4, MEAN, STD).shape[2:] == (4, 32)  # a patch at least
     big = patches.to_pixels(image(400, 800), 4, MEAN, STD)
     assert big.shape[2:] == (128, 256)  # 32 patches
-
-
-def test_a_layer_is_that_of_get_intermediate_layers():
-    net, picture = network(depth=3), image(16, 16)
-    pixels = patches.to_pixels(picture, 4, MEAN, STD)
-    for layer in range(3):
-        got = patches.patch_features(net, picture, MEAN, STD, shifts=1, layer=layer)
-        want = net.get_intermediate_layers(pixels, [layer])[0][0].unflatten(0, (4, 4))
-        assert torch.allclose(got, want, atol=1e-6)
 
 
 # ---- attention ----------------------------------------------------------------------------------
@@ -212,6 +189,10 @@ def test_attention_maps_are_laid_out_as_the_image_is():
         for head in range(2):
             assert torch.allclose(maps[token, head], weights[head, token, 3:].reshape(4, 6))
     assert (maps.sum(dim=(2, 3)) < 1).all()
+
+
+def test_no_more_shifts_are_made_than_a_patch_has_pixels():
+    assert len(patches.shifted(torch.zeros(1, 3, 8, 8), 4, 9)) == 4 * 4
 
 
 def test_shifted_attention_maps_keep_their_share():

@@ -9,7 +9,30 @@ from PIL import Image
 
 from config import Config, UserError
 from images.sources import Arrays
-from pictures import history, sheets
+from pictures import history, plot, sheets
+
+WORDS = {  # and how they are written
+    "plain ASCII, 84.0 %": "plain ASCII, 84.0 %",
+    "Urlaub S\u00fcd": "Urlaub Sud",
+    "u\u0308ber": "uber",  # as macOS stores it: a letter and a mark
+    "Stra\u00dfe \u0141\u00f3d\u017a \u00d8re": r"Stra\xdfe \u0141odz \xd8re",
+    "\u4e2d.jpg": r"\u4e2d.jpg",
+    "a\U0001f389.jpg": r"a\U0001f389.jpg",
+    "two\nlines\x00": r"two\nlines\x00",
+    "\udcfc of Latin-1": r"\udcfc of Latin-1",  # a file name that is not UTF-8
+}
+
+
+def test_letters_that_the_font_has_not_are_written_with_those_it_has():
+    assert [plot.in_ascii(words) for words in WORDS] == list(WORDS.values())
+    box = bytes(plot.font(13).getmask("\U0010ffff"))  # what stands for a letter that is missing
+    assert all(bytes(plot.font(13).getmask(chr(n))) != box for n in range(33, 127))
+
+
+def test_words_of_any_script_do_not_stop_a_picture(tmp_path):
+    picture = np.zeros((8, 8, 3), np.uint8)
+    rows = [([words], [picture], [words]) for words in WORDS]
+    assert Image.open(sheets.write(sheets.bands(rows, side=60), tmp_path / "a.png")).size[0] > 60
 
 
 def test_hiding_darkens_exactly_the_masked_patches():
@@ -72,7 +95,7 @@ def test_an_empty_place_stays_empty():
 def test_words_are_shortened_to_the_width_they_have():
     assert sheets.shortened("short", 100) == "short"
     words = sheets.shortened("a very long name of an image.jpg", 100)
-    assert words.startswith("a ver") and "…" in words and words.endswith("ge.jpg")
+    assert words.startswith("a ver") and "..." in words and words.endswith("e.jpg")
     assert 80 < sheets.text_width(words, 13) <= 100
     alike = [sheets.shortened(f"ILSVRC2012_val_{i:08}.JPEG", 100) for i in range(293, 296)]
     assert len(set(alike)) == 3
