@@ -1,21 +1,18 @@
 """Look at a data set before training on it, and bring it into a quicker form.
 
-    python -m images index SOURCE                         count images and classes
-    python -m images stats SOURCE [limit=10000]           sizes, mean and std, damaged images
+    python -m images stats SOURCE [limit=10000]           classes, sizes, mean, std, what is damaged
     python -m images pack  SOURCE to=/shards [short=256]  into tar shards, shrunk if asked for
     python -m images show  SOURCE [to=crops.png]          crops and masks as the network gets them
 SOURCE is a config file, or what data.root can be: a folder, a list, shards, an array, synthetic.
 More words are keys of the config, as in data.channels=1 or data.workers=8 (--help of train.py).
 
-  limit      stats: as many images, drawn at random; 0: all
-  to         stats: a file for the list of damaged images; pack: a folder; show: a picture
+  limit      stats: of the pixels of as many images, drawn at random; 0: all
+  to         pack: a new folder; show: a picture
   short      pack: pixels of the shorter side, of images that are larger; 0: all bytes as they are
   per_shard  pack: images in each tar file
-A pack that was interrupted goes on where it was when the same command is given again.
 """
 
 import io
-import json
 import os
 import sys
 import tarfile
@@ -27,16 +24,15 @@ import numpy as np
 from PIL import Image
 
 import config
-from config import UserError, replace_text
+from config import UserError
 from data import Order
 from images.evaluation import resize
 from images.reader import reason
-from images.sources import by_workers, counts, most_damaged, open_source, split_folder
+from images.sources import Files, by_workers, counts, most_damaged, open_source, split_folder
 from parallel import progress, warn
 
 OPTIONS = {"limit": 0, "to": "", "short": 0, "per_shard": 10_000}
 LEAST = {"limit": 0, "short": 0, "per_shard": 1}
-SHOWN = 10  # damaged images that are named here; all are in a file if one is asked for
 
 
 def parse(argv):
@@ -61,29 +57,21 @@ def in_workers(task, numbers, cfg, what):
     return progress(results, desc=what, total=len(numbers), unit=" images")
 
 
-# ---- index --------------------------------------------------------------------------------------
+# ---- stats --------------------------------------------------------------------------------------
 
 
-def show_index(cfg, options):
-    source = open_source(cfg.data.root, cfg)
-    print(f"{len(source):,} images in {split_folder(cfg.data.root, 'train')}")
-    print_left_out(source)
+def show_classes(source):
     none, *count = np.bincount(np.asarray(source.labels) + 1, minlength=len(source.classes) + 1)
     if not count:
-        print("no labels")
+        print("classes   no labels")
         return
     named = [f"{name} {n:,}" for name, n in zip(source.classes, count, strict=True)]
     named = named[:20] + ["..."] * (len(named) > 20)
-    print(f"{len(count):,} classes of {min(count):,} to {max(count):,} images: {', '.join(named)}")
-    print(f"{none:,} images without a class" if none else "every image has a class")
-
-
-def print_left_out(source):
-    if source.left_out:
-        print(f"left out: {counts(source.left_out)}")
-
-
-# ---- stats --------------------------------------------------------------------------------------
+    print(
+        f"classes   {len(count):,} of {min(count):,} to {max(count):,} images: {', '.join(named)}"
+    )
+    if none:
+        print(f"          {none:,} images without a class")
 
 
 def measure(source, i):
@@ -102,32 +90,25 @@ def measure(source, i):
 def show_stats(cfg, options):
     """Mean and std over all pixels, where each image counts the same, large or small."""
     source = open_source(cfg.data.root, cfg)
+    print(f"images    {len(source):,} in {split_folder(cfg.data.root, 'train')}")
+    if source.left_out:
+        print(f"left out  {counts(source.left_out)}")
+    show_classes(source)
     n, order = min(options.limit or len(source), len(source)), Order(len(source), seed=0)
     numbers = sorted(order[p] for p in range(n))
     results = list(in_workers(partial(measure, source), numbers, cfg, "measuring"))
     damaged = [result for result in results if isinstance(result, str)]
     good = [result for result in results if not isinstance(result, str)]
-    kinds = Counter(kind for _, kind, *_ in good)
-    print(f"images    {n:,}, {', '.join(f'{count:,} {kind}' for kind, count in kinds.items())}")
-    print_left_out(source)
     if good:
-        sides, _, means, variances = zip(*good, strict=True)
-        mean, std = (
-            np.mean(means, axis=0),
-            np.sqrt(np.mean(variances, axis=0) + np.var(means, axis=0)),
-        )
+        sides, kinds, means, variances = zip(*good, strict=True)
+        mean = np.mean(means, axis=0)
+        std = np.sqrt(np.mean(variances, axis=0) + np.var(means, axis=0))
         low, middle, high = np.quantile(sides, (0, 0.5, 1)).astype(int)
+        print(f"values    {', '.join(f'{n:,} {kind}' for kind, n in Counter(kinds).items())}")
         print(f"size      shorter side {low} to {high} px, median {middle}")
         print(f"channels  data.channels={len(mean)}")
         print(f"colour    data.mean={mean.round(4).tolist()} data.std={std.round(4).tolist()}")
-    print(f"damaged   {len(damaged):,}" + (f", named in {options.to}" if options.to else ""))
-    if options.to:
-        with config.writing(options.to):
-            replace_text(options.to, "".join(f"{line}\n" for line in damaged))
-    else:
-        more = [f"and {len(damaged) - SHOWN:,} more; to=damaged.txt lists them all"]
-        for line in damaged[:SHOWN] + more * (len(damaged) > SHOWN):
-            print(f"          {line}")
+    print(f"damaged   {len(damaged):,}", *damaged, sep="\n          ")
     if len(damaged) > most_damaged(cfg, n):
         print(f"a run would stop: that is more than data.max_damaged={cfg.data.max_damaged:g}")
 
@@ -136,85 +117,66 @@ def show_stats(cfg, options):
 
 
 def show_pack(cfg, options):
+    """Write shards of the images that are not damaged, in the same order.
+
+    So training on the shards sees the same images in the same order as training on the source.
+    """
     if not options.to:
         raise UserError("pack: where to? give a folder, as in to=/data/shards")
     source, folder = open_source(cfg.data.root, cfg), Path(options.to)
-    plan = {"source": os.path.abspath(cfg.data.root), "images": len(source)}
-    plan |= {key: getattr(options, key) for key in ("short", "per_shard")}
-    plan, plan_file = json.dumps(plan, indent=1), folder / "pack.json"
+    if not isinstance(source, Files):
+        raise UserError(f"pack: {cfg.data.root} is one array already")
+    if options.short and (source.dtype != np.uint8 or cfg.data.channels not in (1, 3, 4)):
+        raise UserError("pack: short= shrinks pictures of 8 bits only; leave it away")
     with config.writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        if any(folder.iterdir()) and not (plan_file.exists() and plan_file.read_text() == plan):
-            raise UserError(f"{folder}: holds other things, or shards of other options (pack.json)")
-        replace_text(plan_file, plan)
-        if source.classes:
-            replace_text(folder / "classes.txt", "".join(f"{name}\n" for name in source.classes))
-        pack(source, folder, options.short, options.per_shard, cfg)
+        if any(folder.iterdir()):
+            raise UserError(f"{folder}: is not empty; give a new folder")
+        for start in range(0, len(source), options.per_shard):
+            path = folder / f"{start // options.per_shard:06d}.tar"
+            numbers = range(start, min(start + options.per_shard, len(source)))
+            task = partial(sample, source, options.short)
+            pack(path, in_workers(task, numbers, cfg, path.name))
     packed = len(open_source(folder, cfg))
     print(f"{packed:,} of {len(source):,} images in {folder}; train with data.root={folder}")
 
 
-def pack(source, folder, short, per_shard, cfg):
-    """Write the shards that are not there yet, without damaged images.
-
-    Image i goes to shard i // per_shard, in order: training on the shards sees the same images
-    in the same order as training on the source.
-    """
-    for start in range(0, len(source), per_shard):
-        path = folder / f"{start // per_shard:06d}.tar"
-        if path.exists():
-            continue
-        numbers = range(start, min(start + per_shard, len(source)))
-        with tarfile.open(path.with_suffix(".part"), "w") as tar:
-            for found in in_workers(partial(sample, source, short), numbers, cfg, path.name):
-                if isinstance(found, str):
-                    warn(f"left out, damaged: {found}")
-                    continue
-                for name, data in found:
-                    info = tarfile.TarInfo(name)
-                    info.size = len(data)
-                    tar.addfile(info, io.BytesIO(data))
-        os.replace(path.with_suffix(".part"), path)
+def pack(path, samples):
+    with tarfile.open(path, "w") as tar:
+        for found in samples:
+            if isinstance(found, str):
+                warn(f"left out, damaged: {found}")
+                continue
+            for name, data in found:
+                info = tarfile.TarInfo(name)
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
 
 
 def sample(source, short, i):
     """[(name in the shard, bytes)] of an image and its class; one line if it is damaged."""
     path = PurePosixPath(source.name(i))
-    ending = path.suffix.lower()
     folders = [part for part in path.parts[:-1] if part not in ("/", "..")]
     # The key of a sample ends at the first dot. The number keeps a.jpg and a.png apart.
     key = "/".join([*folders, f"{path.stem.replace('.', '_')}-{i:08d}"])
+    ending, c = path.suffix.lower(), source.label(i)
     try:
         data = source.data(i)
-        image = source.read(i) if short or data is None else None
+        if short and min((image := source.read(i)).shape[:2]) > short:
+            ending, data = shrunk(image, short, jpeg=ending in (".jpg", ".jpeg", ".jfif"))
     except Exception as error:
         return f"{path}: {reason(error)}"
-    large = short and min(image.shape[:2]) > short
-    if large or data is None:
-        image = shrunk(image, short) if large else image
-        ending, data = encode(image, jpeg=ending in (".jpg", ".jpeg", ".jfif"))
-    label = [(f"{key}.cls", str(source.label(i)).encode())] if source.label(i) >= 0 else []
+    label = [(f"{key}.cls", os.fsencode(source.classes[c]))] if c >= 0 else []
     return [(key + ending, data), *label]
 
 
-def shrunk(image, short):
-    """A larger image with a shorter side of `short`, of the same kind of values."""
+def shrunk(image, short, jpeg):
+    """(ending, bytes): a photograph stays a JPEG (quality 95), the rest loses nothing more."""
     height, width = image.shape[:2]
-    scale, kind = short / min(height, width), image.dtype
+    scale = short / min(height, width)
     image = resize(image, round(height * scale), round(width * scale))
-    if kind != image.dtype and kind.kind in "ui":  # resized in 0..1
-        image = (image.clip(-1, 1) * np.iinfo(kind).max).round().astype(kind)
-    return image
-
-
-def encode(image, jpeg):
-    """(ending, bytes): a photograph stays a JPEG (quality 95), the rest loses nothing."""
-    file = io.BytesIO()
-    if image.dtype != np.uint8 or image.shape[2] not in (1, 3, 4):
-        np.save(file, image)
-        return ".npy", file.getvalue()
-    picture = Image.fromarray(image[:, :, 0] if image.shape[2] == 1 else image)
-    if jpeg and image.shape[2] != 4:
+    picture, file = Image.fromarray(image[:, :, 0] if image.shape[2] == 1 else image), io.BytesIO()
+    if jpeg and image.shape[2] < 4:
         picture.save(file, "JPEG", quality=95)
         return ".jpg", file.getvalue()
     picture.save(file, "PNG")
@@ -232,7 +194,7 @@ def show_crops(cfg, options):
     print(f"see {path}")
 
 
-COMMANDS = {"index": show_index, "stats": show_stats, "pack": show_pack, "show": show_crops}
+COMMANDS = {"stats": show_stats, "pack": show_pack, "show": show_crops}
 
 
 @config.report_errors

@@ -1,6 +1,6 @@
 """Find near-copies: images that show the same pixels, cropped, mirrored or compressed.
 
-    1. features propose: the k nearest neighbours of each image above a cosine
+    1. features propose: the NEAREST neighbours of each image above a cosine
     2. thumbnails decide: is one image, or its mirror image, seen in a part of the other?
     3. pairs that hold together are a group (connected components)
 Differs from the paper (DINOv2, appendix A), which trusts the cosine of features made for copy
@@ -17,6 +17,8 @@ import torch.nn.functional as F
 
 from parallel import progress
 
+NEAREST = 64
+
 # ---- neighbours and groups ----------------------------------------------------------------------
 
 
@@ -29,17 +31,14 @@ def neighbours(query_MD, base_ND, k):
 
 def components(n, pairs):
     """The group of each of n images, as its smallest number, where pairs hold together."""
-    parent = list(range(n))
-
-    def root(i):
-        while parent[i] != i:
-            parent[i] = i = parent[parent[i]]
-        return i
-
-    for a, b in pairs:
-        low, high = sorted((root(a), root(b)))
-        parent[high] = low
-    return np.array([root(i) for i in range(n)], dtype=np.int64)
+    group_N, before_N = np.arange(n), None
+    a_P, b_P = np.array(pairs, np.int64).reshape(-1, 2).T
+    while not np.array_equal(group_N, before_N):  # until no pair lowers a number any more
+        before_N = group_N[group_N]
+        group_N = before_N.copy()
+        np.minimum.at(group_N, a_P, before_N[b_P])
+        np.minimum.at(group_N, b_P, before_N[a_P])
+    return group_N
 
 
 # ---- pixels -------------------------------------------------------------------------------------
@@ -97,13 +96,13 @@ def likeness(whole, part, pairs):
     return score_P
 
 
-def near_copies(query, base, neighbours_of_each, threshold, least):
+def near_copies(query, base, threshold, least):
     """Pairs (i of query, j of base) of near-copies, each once.
 
     query, base  two sets with .features (N, D) and .thumbs, or twice the same one
     least        likeness of the pixels from which a pair counts; 0: the cosine alone decides
     """
-    cosine_Mk, index_Mk = neighbours(query.features, base.features, neighbours_of_each + 1)
+    cosine_Mk, index_Mk = neighbours(query.features, base.features, NEAREST + 1)
     near = cosine_Mk > threshold
     pairs = torch.stack((near.nonzero()[:, 0], index_Mk[near]), dim=1).cpu()
     if query is base:

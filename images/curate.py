@@ -6,27 +6,25 @@
   1. every image becomes a feature (normalised [CLS] and mean patch token of the backbone)
   2. of near-copies within the pool one is kept; none of images that an evaluation set shows
   3. the neighbours of GOOD images are kept: a pool of anything becomes a pool of the like
-POOL is a folder or a list; GOOD and EVALUATION can be whatever data.root can be, several separated
-by commas. DINOv2 section 3, "Data processing", and appendix A.
+POOL is a folder or a list; GOOD and EVALUATION can be whatever data.root can be. DINOv2 section 3,
+"Data processing", and appendix A.
 
   backbone   a run folder of train.py, or its teacher.pt; at best one that knows such images
   size       pixels a side at which it sees them; 0: as it was trained
   curated    the images whose like are wanted; empty: only near-copies are removed
   keep       neighbours that each curated image gets; one wanted by two goes to the closer of them
-  against    evaluation sets that the training must not have seen
-  neighbours of each image, among which copies are sought
-  threshold  least cosine of their features
-  likeness   least agreement of their pixels; 0: the features alone decide
+  against    an evaluation set that the training must not have seen
+  threshold  of near-copies: least cosine of their features
+  likeness   of near-copies: least agreement of their pixels; 0: the features alone decide
   device     auto, cpu, cuda or mps;  workers: processes that read images
-FOLDER gets list.txt (kept paths), why.csv (what became of each image), report.json, sheet.png, and
-the features, which the next command with this FOLDER and these images finds there.
+FOLDER gets list.txt (kept paths), why.csv (what became of each image), sheet.png, and the features,
+which the next command with this FOLDER and these images finds there.
 
 Shapes:  N images of the pool   M other images   D features   k neighbours
          C channels   S side of a thumbnail
 """
 
 import csv
-import json
 import sys
 from collections import Counter
 from pathlib import Path
@@ -48,15 +46,14 @@ from weights.load import load_backbone
 
 OPTIONS = {
     "backbone": "", "size": 0, "out": "", "curated": "", "against": "", "keep": 4,
-    "neighbours": 64, "threshold": 0.6, "likeness": 0.9, "device": "auto", "workers": 0,
+    "threshold": 0.6, "likeness": 0.9, "device": "auto", "workers": 0,
 }  # fmt: skip
-STRICTER = 0.05  # in likeness, for evaluation sets: there a false alarm costs less than a leak
 
 # ---- retrieval ----------------------------------------------------------------------------------
 
 
 def retrieve(query_MD, base_ND, keep):
-    """{image of the base: (curated image it was chosen for, cosine)}.
+    """{image of the base: the curated image that it was chosen for}.
 
     The closest pairs choose first; who comes too late takes the next neighbour.
     """
@@ -66,7 +63,7 @@ def retrieve(query_MD, base_ND, keep):
         query, place = divmod(at, cosine_Mk.shape[1])
         image = int(index_Mk[query, place])
         if has[query] < keep and image not in chosen:
-            chosen[image], has[query] = (query, float(cosine_Mk[query, place])), has[query] + 1
+            chosen[image], has[query] = query, has[query] + 1
     return chosen
 
 
@@ -106,9 +103,9 @@ def embed(backbone, source, cfg, device, what, keep):
     return tuple(torch.cat(part) for part in zip(*parts, strict=True))
 
 
-def embedded(source, what, backbone, cfg, o, device):
+def embedded(source, what, backbone, cfg, o):
     """A source with its features on the device, its thumbnails, and which images are readable."""
-    what = f"embedding {what}"
+    device, what = pick_device(o.device), f"embedding {what}"
     features, thumbs = cached_features(o.out, embed, backbone, source, cfg, device, what, "cpu")
     readable = features.any(dim=1).numpy()
     return SimpleNamespace(
@@ -118,7 +115,8 @@ def embedded(source, what, backbone, cfg, o, device):
 
 # ---- the command --------------------------------------------------------------------------------
 
-KEPT, COPY, SEEN, REJECTED, DAMAGED = "kept", "near-copy", "in evaluation", "rejected", "damaged"
+FATES = "kept", "near-copy", "in evaluation", "rejected", "damaged"
+KEPT, COPY, SEEN, REJECTED, DAMAGED = FATES
 
 
 class Fate(NamedTuple):
@@ -127,47 +125,39 @@ class Fate(NamedTuple):
     kind: str
     images: SimpleNamespace = None
     at: int = 0
-    cosine: float = 0
 
 
 def curate(pool, curated, against, o):
     """The Fate of each image of the pool."""
     n = len(pool.source)
     fate = [Fate(REJECTED if ok else DAMAGED) for ok in pool.readable]
-    limits = o.neighbours, o.threshold, o.likeness
-    strict = max(o.likeness - STRICTER, 0)
-    group_N = components(n, near_copies(pool, pool, *limits))
-    for i in np.flatnonzero(group_N != np.arange(n)).tolist():
-        if pool.readable[i]:
-            fate[i] = because(COPY, pool, i, pool, group_N[i])
-    for evaluation in against:  # the whole group goes, as in the paper
-        seen = {group_N[i]: j for i, j in near_copies(pool, evaluation, *limits[:2], strict)}
-        for i in range(n):
-            if group_N[i] in seen and pool.readable[i]:
-                fate[i] = because(SEEN, pool, i, evaluation, seen[group_N[i]])
+    group_N = components(n, near_copies(pool, pool, o.threshold, o.likeness))
+    seen = {}
+    if against:  # the whole group goes, as in the paper
+        pairs = near_copies(pool, against, o.threshold, o.likeness)
+        seen = {group_N[i]: j for i, j in pairs}
+    for i in np.flatnonzero(pool.readable).tolist():
+        if group_N[i] in seen:
+            fate[i] = Fate(SEEN, against, seen[group_N[i]])
+        elif group_N[i] != i:
+            fate[i] = Fate(COPY, pool, group_N[i])
+    left = [i for i in range(n) if fate[i].kind == REJECTED]
     if not curated:
         return [Fate(KEPT) if f.kind == REJECTED else f for f in fate]
-    left = [i for i in range(n) if fate[i].kind == REJECTED]
     if not left:
-        raise UserError(
-            f"{o.pool}: nothing is left to choose from: against={o.against} shows it all"
-        )
-    queries = [(c, i) for c in curated for i in np.flatnonzero(c.readable).tolist()]
-    query_MD, base_ND = torch.stack([c.features[i] for c, i in queries]), pool.features[left]
-    for at, (query, cosine) in retrieve(query_MD, base_ND, o.keep).items():
-        fate[left[at]] = Fate(KEPT, *queries[query], cosine)
+        raise UserError(f"{o.pool}: nothing left to choose from: against={o.against} shows it all")
+    good = np.flatnonzero(curated.readable)
+    chosen = retrieve(curated.features[good], pool.features[left], o.keep)
+    for at, query in chosen.items():
+        fate[left[at]] = Fate(KEPT, curated, good[query])
     return fate
-
-
-def because(kind, pool, i, other, j):
-    return Fate(kind, other, int(j), float(pool.features[i] @ other.features[int(j)]))
 
 
 def draw_sheet(pool, fate, path, columns=12):
     """For each fate a row of images, and above each the one because of which it is so."""
     words = {KEPT: "the curated image", COPY: "the one that stays", SEEN: "the evaluation image"}
     blank, rows = np.full((S, S, 3), 255, np.uint8), []
-    for kind in (KEPT, COPY, SEEN, REJECTED):
+    for kind in FATES[:-1]:  # the damaged cannot be shown
         found = [i for i, f in enumerate(fate) if f.kind == kind]
         shown = found[:: max(1, len(found) // columns)][:columns]
         rest, title = [blank] * (columns - len(shown)), f"{kind}: {len(found):,} images"
@@ -182,15 +172,13 @@ def draw_sheet(pool, fate, path, columns=12):
 
 def parse(argv):
     """The options, checked, from POOL and key=value words."""
-    o, unknown = take_options(argv[1:], OPTIONS, {"keep": 1, "neighbours": 1, "likeness": 0})
+    o, unknown = take_options(argv[1:], OPTIONS, {"keep": 1, "likeness": 0})
     if unknown:
         raise UserError(f"{unknown[0]}: unknown; write key=value with one of {', '.join(OPTIONS)}")
     o.pool = argv[0]
     for key in ("backbone", "out"):
         if not getattr(o, key):
             raise UserError(f"{key}= is missing: write images.curate POOL backbone=RUN out=FOLDER")
-    if o.likeness > 1:
-        raise UserError(f"likeness={o.likeness} must be from 0 to 1")
     return o
 
 
@@ -200,7 +188,6 @@ def main(argv):
         print(__doc__.partition("\n\n")[2].partition("\n\nShapes")[0])
         sys.exit(0 if argv else 2)
     o = parse(argv)
-    device = pick_device(o.device)
     backbone, cfg = load_backbone(o.backbone, with_config=True)
     cfg.data.workers, cfg.crops.global_size = o.workers, o.size or cfg.crops.global_size
     if cfg.crops.global_size % backbone.patch:
@@ -208,48 +195,34 @@ def main(argv):
     pool = open_source(o.pool, cfg)
     if not isinstance(pool, Files) or pool.index.shards:
         raise UserError(f"{o.pool}: POOL must be a folder or a list, as list.txt will hold paths")
-    given = {
-        key: [open_source(root, cfg, key=key) for root in getattr(o, key).split(",") if root]
-        for key in ("curated", "against")
-    }
-    how = backbone, cfg, o, device
+    sources = {"pool": pool}
+    for key in ("curated", "against"):
+        if root := getattr(o, key):
+            sources[key] = open_source(root, cfg, key=key)
     with writing(o.out):
         Path(o.out).mkdir(parents=True, exist_ok=True)
-        pool = embedded(pool, "pool", *how)
-        curated, against = (
-            [embedded(source, key, *how) for source in sources] for key, sources in given.items()
-        )
-        fate = curate(pool, curated, against, o)
-        draw_sheet(pool, fate, Path(o.out, "sheet.png"))
-        report(pool, fate, o, sum(len(c.source) for c in curated))
+        sets = {key: embedded(source, key, backbone, cfg, o) for key, source in sources.items()}
+        fate = curate(sets["pool"], sets.get("curated"), sets.get("against"), o)
+        draw_sheet(sets["pool"], fate, Path(o.out, "sheet.png"))
+        report(pool, fate, o)
 
 
-def report(pool, fate, o, curated):
-    """Write list.txt, why.csv and report.json, and print how many images met each fate, and why."""
-    out, root, paths = Path(o.out), Path(pool.source.root).absolute(), []
+def report(pool, fate, o):
+    """Write list.txt and why.csv, and print how many images met each fate."""
+    out, root, paths = Path(o.out), Path(pool.root).absolute(), []
     with open(out / "why.csv", "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
         rows = csv.writer(file)
-        rows.writerow(["path", "fate", "because of", "cosine"])
+        rows.writerow(["path", "fate", "because of"])
         for i, f in enumerate(fate):
-            why = [f.images.source.name(f.at), f"{f.cosine:.3f}"] if f.images else ["", ""]
-            rows.writerow([pool.source.name(i), f.kind, *why])
+            rows.writerow([pool.name(i), f.kind, f.images.source.name(f.at) if f.images else ""])
             if f.kind == KEPT:
-                paths.append(f"{root / pool.source.name(i)}\n")
+                paths.append(f"{root / pool.name(i)}\n")
     replace_text(out / "list.txt", "".join(paths))
-    reasons = {
-        KEPT: f"nearest {o.keep} of {curated:,} curated images" if curated else "all that is left",
-        COPY: f"cosine above {o.threshold}, likeness above {o.likeness}; one of each group stays",
-        SEEN: f"near-copies of {o.against}" if o.against else "no evaluation set was given",
-        REJECTED: "not among the neighbours of curated images",
-        DAMAGED: f"could not be read; python -m images stats {o.pool} says why",
-    }
-    counts = Counter(f.kind for f in fate)
-    result = {"pool": len(fate), **{kind: counts[kind] for kind in reasons}, "options": vars(o)}
-    replace_text(out / "report.json", json.dumps(result, indent=1) + "\n")
     print(f"{len(fate):>9,} images in {o.pool}")
-    for kind, reason in reasons.items():
-        print(f"{counts[kind]:>9,} {kind:<14}{reason}")
-    print(f"see {o.out}/: list.txt for data.root=, why.csv, sheet.png, report.json")
+    counts = Counter(f.kind for f in fate)
+    for kind in FATES:
+        print(f"{counts[kind]:>9,} {kind}")
+    print(f"see {o.out}/: list.txt for data.root=, why.csv, sheet.png")
 
 
 if __name__ == "__main__":

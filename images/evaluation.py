@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from config import UserError
-from images.held_out import LabelError, pair, some
+from images.held_out import pair, some
 from images.sources import by_workers, open_source, read_or_next, split_folder
 from parallel import warn_once
 
@@ -21,11 +21,10 @@ def evaluation_images(cfg):
     """What k-NN during training compares, at most log.knn_images of each part; None: no k-NN."""
     if not cfg.log.knn:
         return None
+    train, test = open_source(cfg.data.root, cfg, "train"), open_held_out(cfg)
     try:
-        parts = labelled_images(cfg)
-    except UserError as error:
-        if cfg.data.val and not isinstance(error, LabelError):
-            raise  # a folder that was named must be there; else measuring is optional
+        parts = pair(train, test, cfg)
+    except UserError as error:  # labels are optional in training
         warn_once(f"no k-NN during training: {error}")
         return None
     return some(*parts, cfg.log.knn_images) if parts and cfg.log.knn_images else parts
@@ -33,9 +32,7 @@ def evaluation_images(cfg):
 
 def labelled_images(cfg):
     """(images with known labels, images to classify) of data.root and data.val; see pair()."""
-    root, val = cfg.data.root, cfg.data.val
-    train, test = open_source(root, cfg, "train"), open_held_out(cfg)
-    return pair(train, test, f"data.val={val}" if val else f"data.root={root}")
+    return pair(open_source(cfg.data.root, cfg, "train"), open_held_out(cfg), cfg)
 
 
 def open_held_out(cfg):

@@ -11,10 +11,6 @@ UNKNOWN = -1  # the label of an image without a class
 SPLITS = {"train", "training", "val", "valid", "validation", "dev", "test", "testing", "unlabeled"}
 
 
-class LabelError(UserError):
-    """Images that can be trained on, but whose labels cannot be evaluated."""
-
-
 class Part:
     """Some images of a source, as a source; `labels` and `classes` in place of its own."""
 
@@ -36,14 +32,14 @@ class Part:
         return self.source.name(self.indices[i])
 
 
-def pair(train, test, where):
+def pair(train, test, cfg):
     """(images with known labels, images to classify); None with fewer than two classes.
 
     test   the source of held-out images. None: a tenth of each class of `train` is classified by
            the others. Training has seen them all, though never their labels.
-    where  of the held-out images, for messages
-    Raises LabelError where the classes of the two do not fit together.
+    Raises UserError where the classes of the two do not fit together.
     """
+    where = f"data.val={cfg.data.val}" if cfg.data.val else f"data.root={cfg.data.root}"
     train_N = np.asarray(train.labels)
     number = {train.classes[c]: c for c in np.unique(train_N[train_N >= 0])}
     if len(number) < 2:
@@ -51,24 +47,22 @@ def pair(train, test, where):
     strays = (train_N < 0).sum()
     if test is None:
         if SPLITS.issuperset(map(str.lower, number)):
-            raise LabelError(
+            raise UserError(
                 f"{where}: {' and '.join(number)} are parts of a data set, not classes; name them "
                 "train and val, or set data.root= to one and data.val= to the other"
             )
         rest, held = divide(train_N, 0.1)
         if not len(held):
-            raise LabelError(f"{where}: no class has 3 images, to hold one out; set data.val")
+            raise UserError(f"{where}: no class has 3 images, to hold one out; set data.val")
         test, train = Part(train, held), Part(train, rest)
     else:
         train, test_M = Part(train, (train_N >= 0).nonzero()[0]), np.asarray(test.labels)
         asked = [test.classes[c] for c in np.unique(test_M[test_M >= 0])]
-        if not asked:
-            raise LabelError(f"{where}: no labelled test image; it needs a folder for each class")
-        if missing := [name for name in asked if name not in number]:
-            raise LabelError(
-                f"{where}: no training image of class {', '.join(missing)}; give its folder the "
-                "name that it has in the training images, or take it away"
-            )
+        missing = [name for name in asked if name not in number]
+        if missing or not asked:
+            what = f"no training image of class {missing[0]}" if asked else "no labelled test image"
+            fix = "it needs a folder for each class, named as among the training images"
+            raise UserError(f"{where}: {what}; {fix}")
         # Its classes may have other numbers; UNKNOWN looks up the last row.
         table = np.array([number.get(name, UNKNOWN) for name in test.classes] + [UNKNOWN])
         test = Part(test, (test_M >= 0).nonzero()[0], table[test_M], train.classes)

@@ -10,24 +10,21 @@
 data.root (and data.val) names a source; `open_source` tells the kinds apart:
     synthetic          made in memory (images/synthetic.py)
     folder             all images in it and below; its first-level sub-folders are the classes
-    folder with *.tar  shards in WebDataset layout; also x.tar, "some/train-*.tar", "x-{00..11}.tar"
+    folder of *.tar    shards in WebDataset layout; also x.tar, "some/train-*.tar"
     x.txt x.csv x.tsv  a list: path and label of one image a line; paths are relative to the list
-    x.npy x.npz        an array (N, H, W, C); labels in x_labels.npy or the .npz. A .npy stays on
-                       the disk, what is in an .npz is read into memory
-Pixels are of one kind: uint8, or where the first image has more, uint16, int16 or float32. A source
-knows nothing of order, crops or ranks: that is data.py.
+    x.npy              an array (N, H, W, C), left on the disk; labels in x_labels.npy
+    x.npz              the same as `images` and `labels`, read into memory
+Pixels are of the kind of the first image: uint8, uint16, int16 or float32. A source knows nothing
+of order, crops or ranks: that is data.py.
 """
 
-import copyreg
 import functools
 import glob
 import os
-import re
 import sys
 import warnings
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
@@ -101,16 +98,6 @@ class Arrays(Source):
         return f"{self.title}[{i}]"
 
 
-# Where workers are not forked (macOS, Windows), they get a pickled copy of the source: of a mapped
-# array only its place, or every worker would hold all images in memory.
-def place(x):
-    order = "C" if x.flags.c_contiguous else "F"
-    return np.memmap, (x.filename, x.dtype, "r", x.offset, x.shape, order)
-
-
-copyreg.pickle(np.memmap, place)
-
-
 class Files(Source):
     """Files below a folder, or slices of tar shards, found by images/index.py."""
 
@@ -124,8 +111,6 @@ class Files(Source):
         pixels = read_image(self.data(i), self.channels, self.max_pixels)
         if self.dtype in (None, pixels.dtype):
             return pixels
-        if pixels.dtype == np.uint8 and self.dtype == np.uint16:
-            return pixels * np.uint16(257)  # 255 becomes 65535
         raise ValueError(
             f"{pixels.dtype} values from {pixels.min()} to {pixels.max()}, but the first image has "
             f"{self.dtype}: save all in one kind"
@@ -164,42 +149,27 @@ def open_files(root, cfg, key):
         return Arrays(images, index.labels, index.classes, path.name)
     if path.is_dir():
         index, shards = index_folder(path), sorted(path.glob("*.tar"))
-        # Where a folder holds both, the fewer are strays: one tar hides no pictures.
-        if shards and len(shards) >= (strays := len(index.ends)):
-            index = index_shards(shards)
-            index.left_out.update({"pictures beside shards": strays} if strays else {})
-            words = {word for path in shards for word in re.split("[^a-z]+", path.stem.lower())}
-            if "train" in words and words & {"val", "validation", "test"}:
-                warn_once(f"{root}: shards of several splits; to use some: {root}/*train*.tar")
-    elif shards := expand(root):
+        if shards and len(index.labels):
+            fix = f"move the others away, or give {root}/*.tar"
+            raise UserError(f"{key}={root}: holds both pictures and shards; {fix}")
+    else:
+        shards = sorted(Path(file) for file in glob.glob(root) if file.endswith(".tar"))
+    if shards:
         index = index_shards(shards)
+        words = {word for path in shards for word in path.stem.lower().replace("_", "-").split("-")}
+        if "train" in words and words & {"val", "validation", "test"}:
+            warn_once(f"{root}: shards of several splits; to use some: {root}/*train*.tar")
     elif path.is_file() and path.suffix.lower() in LISTS:
         index = index_list(path)
-    else:
-        kinds = " ".join((*LISTS, *ARRAYS, ".tar"))
+    elif not path.is_dir():
+        kinds = " ".join((*LISTS, *ARRAYS, "or shards as 'some/train-*.tar'"))
         what = "one file of another kind" if path.exists() else "no such folder or file"
         raise UserError(f"{key}={root}: {what}; give a folder or one of {kinds}")
-    if not len(index.ends):
-        where = "this folder or below" if path.is_dir() else "this file"
+    if not len(index.labels):
         left = counts(index.left_out) or "nothing"
-        raise UserError(f"{root}: no images in {where}; left out: {left}")
+        raise UserError(f"{root}: no images in it; left out: {left}")
     folder = path if path.is_dir() else path.parent
     return Files(folder, index, cfg.data.channels, cfg.data.max_pixels)
-
-
-def expand(root):
-    """The shards that x.tar, some/train-*.tar or train-{000000..000011}.tar stands for."""
-    if not root.endswith(".tar"):
-        return []
-    paths = [root] if os.path.isfile(root) else sorted(glob.glob(root))
-    if found := re.fullmatch(r"(.*)\{(\d+)\.\.(\d+)\}(.*)", root):
-        before, first, last, after = found.groups()
-        numbers = range(int(first), int(last) + 1)
-        paths = [f"{before}{number:0{len(first)}}{after}" for number in numbers]
-    for path in paths:
-        if not os.path.exists(path):
-            raise UserError(f"{root}: no such file: {path}")
-    return paths
 
 
 def split_folder(root, split):
@@ -225,8 +195,6 @@ def open_source(root, cfg, split="train", key="data.root"):
         fix = other_channels(shape[3], channels, f" in {shape}")
         if shape[1] == channels:
             fix = f"{shape}: channels come last, save it as images.transpose(0, 2, 3, 1)"
-        elif shape[2:] == (channels, 1):
-            fix = f"one image of {shape[:3]}: put it in a folder, and give the folder"
         raise UserError(f"{root}: {fix}")
     if channels == 3 and (cfg.augment.jitter or any(cfg.augment.solarize)):
         pixels, *_ = read_or_next(source, 0)
