@@ -7,12 +7,12 @@
 The head comes from `evals.linear RUN save=birds.pt`. The command labels the images of FOLDER (or of
 a list, shards, an array) into a CSV: path, class, its probability, and that of every class. Keys
 override the config of the classifier, such as device=cpu or data.workers=0.
-Files are read with weights_only: they hold no code.
 
 Shapes:  B images   D width of the backbone   F = (blocks + 1) * D features   N images of a source
 """
 
 import csv
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -23,11 +23,10 @@ from evals.frozen import check_place, extract, run_and_folder, settle, tell_dama
 from images.evaluation import DAMAGED
 from images.sources import open_source
 from parallel import counted, pick_device
-from weights import checkpoint
-from weights.load import beyond_shapes, network_of
+from weights.export import write_weights
+from weights.load import beyond_shapes, contents, evaluation_config, network_of
 
 BLOCKS = 4  # whose [CLS] tokens are features: the last ones
-KIND = "nanoDINOv2 classifier 2"
 
 
 def features(backbone, image_BCHW):
@@ -44,11 +43,11 @@ class Classifier(nn.Module):
     def __init__(self, backbone, classes, weight_CF, bias_C):
         super().__init__()
         self.backbone, self.classes = backbone, list(classes)
-        self.head = nn.Linear(*weight_CF.T.shape, device=weight_CF.device)
-        self.head.load_state_dict({"weight": weight_CF, "bias": bias_C})
+        self.classifier = nn.Linear(*weight_CF.T.shape, device=weight_CF.device)
+        self.classifier.load_state_dict({"weight": weight_CF, "bias": bias_C})
 
     def forward(self, image_BCHW):
-        return self.head(features(self.backbone, image_BCHW))
+        return self.classifier(features(self.backbone, image_BCHW))
 
 
 # ---- files --------------------------------------------------------------------------------------
@@ -56,30 +55,22 @@ class Classifier(nn.Module):
 
 def save(classifier, cfg, path):
     """Write a classifier with its backbone, and how its images are prepared, to one file."""
-    state = {
-        "kind": KIND,
-        "config": config.to_dict(cfg),
-        "backbone": beyond_shapes(classifier.backbone),
-        "classes": classifier.classes,
-        "state": {name: value.cpu() for name, value in classifier.state_dict().items()},
-    }
+    about = beyond_shapes(classifier.backbone, cfg) | {"classes": classifier.classes}
+    state = {name: value.cpu() for name, value in classifier.state_dict().items()}
     with config.writing(f"save={path}"):
-        checkpoint.write_file(path, lambda file: torch.save(state, file))
-    print(f"classifier: {path}")
+        print(f"classifier: {write_weights(state, Path(path), about)}")
 
 
 def load(path, with_config=False):
     """The Classifier of a file, in eval mode; with_config: and the Config of its images."""
-    found = checkpoint.read(path)
-    if not isinstance(found, dict) or found.get("kind") != KIND:
+    parts, about = contents(Path(path))
+    if "classifier" not in parts or "classes" not in about:
         raise UserError(f"{path}: not a classifier; evals.linear RUN save=FILE writes one")
-    state, part = found["state"], "backbone."
-    backbone = {n.removeprefix(part): v for n, v in state.items() if n.startswith(part)}
-    network, _ = network_of(backbone, path, found["backbone"])
-    classifier = Classifier(network, found["classes"], state["head.weight"], state["head.bias"])
-    classifier.load_state_dict(state)
-    classifier.eval()
-    return (classifier, config.from_dict(found["config"], str(path))) if with_config else classifier
+    backbone, known = network_of(parts["backbone"], path, about)
+    weight_CF, bias_C = (parts["classifier"][name] for name in ("weight", "bias"))
+    classifier = Classifier(backbone, about["classes"], weight_CF, bias_C).eval()
+    cfg = evaluation_config(known, about["images"], path)
+    return (classifier, cfg) if with_config else classifier
 
 
 # ---- use ----------------------------------------------------------------------------------------

@@ -18,8 +18,7 @@ from config import Config, UserError
 from heads import DINOHead
 from vit import VisionTransformer
 from weights import export
-from weights.layouts import parts_of
-from weights.load import contents, load_backbone
+from weights.load import load_backbone
 
 CASES = [(0, "mlp", 1), (4, "mlp", 1), (0, "swiglu", 1), (4, "swiglu", 1), (0, "mlp", 0)]
 
@@ -134,22 +133,6 @@ def test_two_names_for_one_tensor_are_refused(tmp_path):
         load_backbone(saved(state, tmp_path / "x.pth"))
 
 
-# ---- heads --------------------------------------------------------------------------------------
-
-
-def test_the_last_layer_of_ibot_for_patches_becomes_a_head_if_it_is_another():
-    backbone, head = prefixed(network().state_dict(), "backbone."), head_of()
-    shared = {n.replace("last_layer", "last_layer2"): v for n, v in head.items() if "last" in n}
-    own = {name: value + 1 for name, value in shared.items()}
-    for second, expected in ({}, None), (shared, None), (own, own["last_layer2.weight_v"]):
-        parts = parts_of(backbone | prefixed(head | second, "head."), "x")
-        assert parts["dino_head"].keys() == head.keys()
-        assert ("ibot_head" in parts) == (expected is not None)
-        if expected is not None:
-            assert torch.equal(parts["ibot_head"]["last_layer.weight_v"], expected)
-            assert torch.equal(parts["ibot_head"]["mlp.0.weight"], head["mlp.0.weight"])
-
-
 # ---- Hugging Face -------------------------------------------------------------------------------
 
 
@@ -202,7 +185,7 @@ KINDS = [("Dinov2", {}), ("Dinov2", {"use_swiglu_ffn": True}), ("Dinov2WithRegis
 
 @pytest.mark.parametrize("kind, options", KINDS)
 @torch.no_grad()
-def test_a_model_of_transformers_opens_here_as_folder_file_and_state_dict(tmp_path, kind, options):
+def test_a_model_of_transformers_opens_here_as_folder_and_as_file(tmp_path, kind, options):
     transformers = pytest.importorskip("transformers")
     config = getattr(transformers, f"{kind}Config")(
         hidden_size=128, num_hidden_layers=2, num_attention_heads=2, image_size=56, patch_size=14,
@@ -215,10 +198,6 @@ def test_a_model_of_transformers_opens_here_as_folder_file_and_state_dict(tmp_pa
     image = torch.randn(2, 3, 56, 56)
     for path in tmp_path, tmp_path / "model.safetensors":
         close(tokens_of(load_backbone(path), image), theirs(image).last_hidden_state, 1e-5)
-    saved(theirs.state_dict(), tmp_path / "x.pth")
-    state, expected = (contents(tmp_path / n)[0] for n in ("x.pth", "model.safetensors"))
-    assert state["backbone"].keys() == expected["backbone"].keys()
-    assert all(torch.equal(v, expected["backbone"][n]) for n, v in state["backbone"].items())
 
 
 def test_another_activation_is_refused(tmp_path):
@@ -234,7 +213,6 @@ MALFORMED = [
     ("config.json", "[1]"),
     ("config.json", '{"num_attention_heads": "two"}'),
     ("config.json", '{"layer_norm_eps": null}'),
-    ("config.json", '{"pretrained_cfg": {"mean": 0.5}}'),
     ("preprocessor_config.json", '{"image_mean": 0.5, "image_std": 0.5}'),
     ("preprocessor_config.json", '{"image_mean": [0.5, 0.5, 0.5]}'),
     ("preprocessor_config.json", "\0\udcff"),
@@ -246,7 +224,7 @@ def test_a_json_file_of_a_folder_that_cannot_be_understood_is_named(tmp_path, na
     export.export(network(), config(), tmp_path / "folder")
     path = tmp_path / "folder" / name
     path.write_text(text, encoding="utf-8", errors="surrogateescape")
-    with pytest.raises(UserError, match=f"/{name}: cannot be understood") as error:
+    with pytest.raises(UserError, match=r"config.json and .* cannot be understood") as error:
         load_backbone(tmp_path / "folder")
     assert "\n" not in str(error.value)
 

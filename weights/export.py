@@ -32,37 +32,28 @@ from weights.layouts import HUGGING_FACE, TIMM, renamed
 from weights.load import OURS, beyond_shapes, load_backbone
 from weights.plain import plain
 
-FORMS = {  # and their endings; the first form of an ending is meant without format=
-    "released": (".safetensors", ".pth"),
-    "timm": (".safetensors", ".pth"),
-    "torch": (".pt2",),
-    "onnx": (".onnx",),
-    "huggingface": ("",),
-}
-
 
 def export(backbone, cfg, path, size=None, form=""):
     """Write a backbone; returns in words what was written. Raises UserError.
 
     cfg   Config of its images: data.mean, data.std, crops.global_size
     size  (height, width) in pixels, or "free"; None: crops.global_size
-    form  one of FORMS; empty: as the ending of `path` says
+    form  "timm": weights under its names
     """
-    path, endings = Path(path), FORMS.get(form) or sum(FORMS.values(), ())
-    if path.suffix not in endings or form not in ("", *FORMS):
-        known = " ".join(ending or "a folder" for ending in dict.fromkeys(endings))
-        raise UserError(f"{path}: the ending says the form, use one of {known}; or format= says "
-                        f"it: {', '.join(FORMS)}")  # fmt: skip
-    form = form or next(form for form, its in FORMS.items() if path.suffix in its)
-    given, p = bool(size) and size != "free", backbone.patch
+    path, weights, p = Path(path), (".safetensors", ".pth"), backbone.patch
+    endings = weights if form else (*weights, ".pt2", ".onnx", "")
+    if path.suffix not in endings or form not in ("", "timm"):
+        known = " ".join(endings).strip() + " or a folder" * (not form)
+        raise UserError(f"{path}: the ending says the form, use {known}; or format=timm")
+    given = bool(size) and size != "free"
     height, width = size if given else (cfg.crops.global_size,) * 2
     if height % p or width % p or not height or not width:
         raise UserError(f"size={height}x{width}: height and width must be multiples of {p}")
-    images = {key: getattr(cfg.data, key) for key in ("channels", "mean", "std")}
-    about = beyond_shapes(backbone) | {"images": images | {"size": [height, width]}}
-    if form in ("torch", "onnx"):
+    about = beyond_shapes(backbone, cfg)
+    about["images"]["size"] = [height, width]
+    if path.suffix in (".pt2", ".onnx"):
         return write_network(backbone, path, size or (height, width), json.dumps(about))
-    if form == "huggingface":
+    if not path.suffix:
         return write_folder(backbone, path, about, given and height == width and height)
     state = backbone.state_dict()
     return write_weights(for_timm(state) if form == "timm" else state, path, about)
@@ -189,7 +180,7 @@ def main(argv):
     run, path, *rest = words
     if rest or not re.fullmatch(r"(\d+(x\d+)?|free)?", o.size):
         raise UserError(f"cannot read {(rest or [o.size])[0]!r}: write size=224, or size=98x126 "
-                        f"(height x width), size=free, or format= {', '.join(FORMS)}")  # fmt: skip
+                        f"(height x width), size=free, or format=timm")  # fmt: skip
     numbers = [int(number) for number in re.findall(r"\d+", o.size)]
     size, path = (numbers[0], numbers[-1]) if numbers else o.size, Path(path)
     backbone, cfg = load_backbone(run, with_config=True)

@@ -16,8 +16,7 @@ import torch
 from config import UserError
 from weights.checkpoint import flat
 
-# Below the others stand its ViTModel, which holds the networks of DINO, and how transformers 5
-# names both in memory.
+# Below the others stands its ViTModel, which holds the networks of DINO.
 HUGGING_FACE = """
     cls_token             embeddings.cls_token
     mask_token            embeddings.mask_token
@@ -39,10 +38,6 @@ HUGGING_FACE = """
     blocks.#.norm2        encoder.layer.#.layernorm_after
     blocks.#.mlp.fc1      encoder.layer.#.intermediate.dense
     blocks.#.mlp.fc2      encoder.layer.#.output.dense
-    blocks.#.attn.qkv     encoder.layer.#.attention.{q_proj,k_proj,v_proj}
-    blocks.#.attn.proj    encoder.layer.#.attention.o_proj
-    blocks.#.mlp.w12      encoder.layer.#.mlp.{gate_proj,up_proj}
-    blocks.#.mlp.w3       encoder.layer.#.mlp.down_proj
 """
 # In timm the rest is as ours; a network has no mask token. SwiGLU is told by its shapes.
 TIMM = """
@@ -57,17 +52,14 @@ IBOT = """
 """
 
 # What wrappers put into names; the official training numbers blocks by chunk, so blocks.1.7 is
-# block 7; ViTModel in memory; the newer form of weight norm; a pooler, trained for another task.
+# block 7; a pooler, trained for another task.
 CLEAN = [
     (r"\b(module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.", ""),
     (r"\bblocks\.\d+\.(\d+)\.", r"blocks.\1."),
-    (r"\blayers\.(\d+)\.", r"encoder.layer.\1."),
-    (r"\.parametrizations\.weight\.original0$", ".weight_g"),
-    (r"\.parametrizations\.weight\.original1$", ".weight_v"),
     (r".*\bpooler\.dense\..*", ""),
 ]
 INSIDE = ("teacher.", "student.", "state_dict.", "model.")  # where weights lie in files, best first
-PARTS = ("backbone", "head", "dino_head", "ibot_head")
+PARTS = ("backbone", "head", "dino_head", "ibot_head", "classifier")
 
 
 def rows(table):
@@ -94,7 +86,7 @@ def take_apart(name):
 
 
 def parts_of(tree, path):
-    """{"backbone": {our name: tensor}, and dino_head, ibot_head where it has them} of a file.
+    """{"backbone": {our name: tensor}, and each other part that it has} of a file.
 
     Raises UserError naming the first key that no layout knows.
     """
@@ -113,13 +105,7 @@ def parts_of(tree, path):
         part, _, rest = name.partition(".")
         if part not in PARTS:
             raise unknown(name, path)
-        parts.setdefault(part, {})[rest] = value
-    if head := parts.pop("head", {}):
-        second = {n: head.pop(n) for n in list(head) if n.startswith("last_layer2.")}
-        second = {n.replace("last_layer2", "last_layer"): value for n, value in second.items()}
-        parts["dino_head"] = head
-        if any(not torch.equal(value, head[n]) for n, value in second.items()):
-            parts["ibot_head"] = head | second  # iBOT: two last layers on one MLP
+        parts.setdefault("dino_head" if part == "head" else part, {})[rest] = value
     return parts | {"backbone": backbone_of(parts["backbone"], path)}
 
 

@@ -109,22 +109,18 @@ def architecture(state, path, about):
     networks. Heads: those of SIZES, else one per 64 channels. How positions are resized: with an
     offset of 0.1 or, with registers, antialias.
     """
-    for name, axes in (PATCHES, 4), (POSITIONS, 3):
+    for name in PATCHES, POSITIONS:
         if name not in state:
             raise UserError(f"{path}: not weights of a backbone by name: {name} is missing")
-        if state[name].dim() != axes:
-            raise UserError(f"{path}: {name} is {tuple(state[name].shape)}, not of {axes} axes")
     dim, channels, patch, _ = state[PATCHES].shape
     side = math.isqrt(state[POSITIONS].shape[1] - 1)
-    blocks = [int(name.split(".")[1]) for name in state if name.startswith("blocks.")]
-    depth = max(blocks, default=0) + 1
+    depth = len({name.split(".")[1] for name in state if name.startswith("blocks.")})
     registers = state["register_tokens"].shape[1] if "register_tokens" in state else 0
     known = {size[:2]: size[2] for size in SIZES.values()}
     heads = about.get("heads", known.get((dim, depth), dim // 64))
     if not heads or dim % heads:
         raise UserError(
-            f"{path}: {dim} channels do not tell the number of heads; use the run folder or "
-            "a file of export.py, which do"
+            f"{path}: {dim} channels do not tell the number of heads; a run folder does"
         )
     ffn = "swiglu" if "blocks.0.mlp.w12.weight" in state else "mlp"
     return {
@@ -139,13 +135,15 @@ def architecture(state, path, about):
     }
 
 
-def beyond_shapes(backbone):
-    """What the shapes of a network do not tell: `about` of `architecture`, to be kept with it."""
+def beyond_shapes(backbone, cfg):
+    """What tensors do not tell, as a file keeps it: `about` of `contents`. cfg: of its images."""
+    images = {key: getattr(cfg.data, key) for key in ("channels", "mean", "std")}
     return {
         "heads": backbone.blocks[0].attn.heads,
         "interpolate_offset": backbone.interpolate_offset,
         "interpolate_antialias": backbone.interpolate_antialias,
         "eps": backbone.norm.eps,
+        "images": images | {"size": [cfg.crops.global_size] * 2},
     }
 
 
@@ -196,11 +194,8 @@ def teacher_file(path):
     for file in [path / name for name in FILES] if path.is_dir() else [path]:
         if file.exists():
             return file
-    what, fix = "no such file", "give a run folder, a file, or a released name like dinov2_vits14"
-    if path.is_dir():
-        what = f"no {', '.join(FILES)} in this folder"
-        if above := [folder for folder in path.parents if (folder / "teacher.pt").exists()]:
-            fix = f"give the run folder {above[0]}, or a .pt file in it"
+    what = f"no {', '.join(FILES)} in this folder" if path.is_dir() else "no such file"
+    fix = "give a run folder, a file, or a released name like dinov2_vits14"
     raise UserError(f"{path}: {what}; {fix}")
 
 
@@ -248,32 +243,27 @@ def contents(path):
 
 
 def beside(path):
-    """What the json files in a folder of Hugging Face (or timm) say of the weights there."""
-    about = {}
-    for name in ("config.json", "preprocessor_config.json") if path.name in FILES[1:] else ():
-        file = path.with_name(name)
-        try:
-            about |= understood(json.loads(file.read_text(encoding="utf-8")))
-        except FileNotFoundError:
-            continue
-        # What somebody has edited is anything: no json, other keys, other types.
-        except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-            raise UserError(f"{file}: cannot be understood ({reason(error)})") from None
-    return about
-
-
-def understood(said):
-    """What such a file says of the network and of its images, in our words."""
-    if said.get("hidden_act", "gelu") != "gelu":
-        raise ValueError(f"hidden_act is {said['hidden_act']} there, and gelu here")
-    names = {"layer_norm_eps": ("eps", float), "num_attention_heads": ("heads", int)}
-    about = {ours: kind(said[theirs]) for theirs, (ours, kind) in names.items() if theirs in said}
-    if timm := said.get("pretrained_cfg"):
-        size = dict(enumerate(timm["input_size"][1:]))
-        said = {"image_mean": timm["mean"], "image_std": timm["std"], "size": size}
-    if "image_mean" in said:
-        mean, std = ([float(x) for x in said[f"image_{key}"]] for key in ("mean", "std"))
-        size = said.get("crop_size", said.get("size", 224))
-        size = [int(n) for n in (size.values() if isinstance(size, dict) else [size])]
-        about["images"] = {"mean": mean, "std": std, "size": size}
+    """What the json files in a folder of Hugging Face say of the weights there, in our words."""
+    said, about = {}, {}
+    names = ("config.json", "preprocessor_config.json") if path.name in FILES[1:] else ()
+    try:
+        for file in filter(Path.exists, map(path.with_name, names)):
+            said |= json.loads(file.read_text(encoding="utf-8"))
+        if said.get("hidden_act", "gelu") != "gelu":
+            raise ValueError(f"hidden_act is {said['hidden_act']} there, and gelu here")
+        if "layer_norm_eps" in said:
+            about["eps"] = float(said["layer_norm_eps"])
+        if "num_attention_heads" in said:
+            about["heads"] = int(said["num_attention_heads"])
+        if "image_mean" in said:
+            size = said.get("crop_size", said.get("size", 224))
+            about["images"] = {
+                "mean": [float(x) for x in said["image_mean"]],
+                "std": [float(x) for x in said["image_std"]],
+                "size": [int(n) for n in (size.values() if isinstance(size, dict) else [size])],
+            }
+    # What somebody has edited is anything: no json, no dictionary, other keys, other types.
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        files = " and ".join(names)
+        raise UserError(f"{path.parent}: {files} cannot be understood ({reason(error)})") from None
     return about
