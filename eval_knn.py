@@ -24,7 +24,7 @@ import torch.nn.functional as F
 import config
 from config import UserError
 from evals import frozen
-from evals.cache import cached_features
+from evals.frozen import cached_features
 from parallel import process_group, ranks, without_tf32
 
 NEIGHBOURS = (10, 20, 100, 200)

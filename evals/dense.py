@@ -6,9 +6,9 @@
 RUN is a run folder, a file of weights or a released name. A mask is a PNG whose pixels (palette or
 grey) are numbers of classes; 255 is not counted. FOLDER may hold train/ and val/ with images/ and
 masks/ each; else a random fifth is tested.
-  k-NN     a patch is what the training patches most like it are
-  linear   logistic regression on the patch tokens; held-out images choose the penalty
-Scores of patches are enlarged to the size of the mask (bilinear); the class with the highest wins.
+The layer is a logistic regression on patch tokens, whose penalty held-out images choose. Scores
+of patches are enlarged to the size of the mask (bilinear); the class with the highest
+wins.
     IoU of a class = pixels that are it and are called it / pixels that are it or are called it
 counted over all test images together; the mean is over the classes that occur.
 (DINOv2 section 7.4. Differs from the official code, which trains batch norm and a linear layer for
@@ -32,7 +32,6 @@ from PIL import Image
 
 import config
 from config import UserError
-from eval_knn import knn_probabilities
 from evals.frozen import open_network, run_and_folder, untrained
 from evals.logistic import logistic_path, penalties
 from images import evaluation, synthetic
@@ -40,7 +39,7 @@ from images.reader import EXTENSIONS, read_image
 from parallel import dtype_of, pick_device, progress
 
 IGNORED = 255
-NEIGHBOURS, PENALTIES = 20, 12
+PENALTIES = 12  # that are tried
 PATCHES = 100_000  # to learn from, at most; drawn evenly from all images
 
 # ---- images and masks ---------------------------------------------------------------------------
@@ -152,14 +151,7 @@ def gather(found, extract, classes):
     return torch.cat(tokens), torch.cat(shares).to(tokens[0].device)
 
 
-# ---- two ways to name a patch -------------------------------------------------------------------
-
-
-def nearest(x_ND, share_NC):
-    """Patches (M, D) -> scores (M, C): weighted votes of the training patches most like them."""
-    x_ND, label_N = F.normalize(x_ND, dim=1), share_NC.argmax(dim=1)
-    k, classes = min(NEIGHBOURS, len(x_ND)), share_NC.shape[1]
-    return lambda x_MD: knn_probabilities(x_ND, label_N, F.normalize(x_MD, dim=1), classes, (k,))[k]
+# ---- the layer ----------------------------------------------------------------------------------
 
 
 def linear(x_ND, share_NC, values):
@@ -170,20 +162,20 @@ def linear(x_ND, share_NC, values):
 
 
 def confusions(found, extract, models):
-    """{name of the model: (C, C) pixels of class (row) that are called class (column)}.
+    """{penalty: (C, C) pixels of class (row) that are called class (column)} of such models.
 
     C is every number that a mask can hold: a class that was never learned has an IoU of 0.
     """
-    counts = {name: torch.zeros(IGNORED, IGNORED, dtype=torch.long) for name in models}
+    counts = {value: torch.zeros(IGNORED, IGNORED, dtype=torch.long) for value in models}
     for image, mask, _ in progress(found, desc="test images"):
         x_hwD, truth_HW = extract(image), torch.tensor(read_mask(mask)).long()
         known = truth_HW != IGNORED
-        for name, model in models.items():
+        for value, model in models.items():
             score_hwC = model(x_hwD.flatten(0, 1)).unflatten(0, x_hwD.shape[:2])
             score_1Chw, size = score_hwC.permute(2, 0, 1)[None], truth_HW.shape
             guess_1HW = F.interpolate(score_1Chw, size, mode="bilinear").argmax(dim=1).cpu()
             pair = truth_HW[known] * IGNORED + guess_1HW[0][known]
-            counts[name] += pair.bincount(minlength=IGNORED**2).view(IGNORED, IGNORED)
+            counts[value] += pair.bincount(minlength=IGNORED**2).view(IGNORED, IGNORED)
     return counts
 
 
@@ -201,7 +193,7 @@ def mean_iou(count_CC):
 
 
 def evaluate(extract, folder, channels=3):
-    """({method: (C, C) pixels of the test images}, the penalty that was chosen)."""
+    """((C, C) pixels of the test images, the penalty that was chosen)."""
     train, test = splits(folder, channels)
     shown = classes_of(train)
     classes = max(shown) + 1
@@ -210,10 +202,8 @@ def evaluate(extract, folder, channels=3):
     early = linear(*gather(kept, extract, classes), penalties(PENALTIES))
     scores = confusions(held, extract, early)
     chosen = max(scores, key=lambda value: mean_iou(scores[value]))
-    x_ND, share_NC = gather(train, extract, classes)
-    models = {"k-NN": nearest(x_ND, share_NC)}
-    models["linear"] = linear(x_ND, share_NC, [chosen])[chosen]
-    return confusions(test, extract, models), chosen
+    late = linear(*gather(train, extract, classes), [chosen])
+    return confusions(test, extract, late)[chosen], chosen
 
 
 def draw(folder, count=60, side=96, cells=4):
@@ -250,17 +240,14 @@ def main(argv):
     show(*evaluate(extract, folder, cfg.data.channels))
 
 
-def show(counts, chosen):
-    """IoU of every class that occurs, and the figures of each method."""
-    print("class" + "".join(f"{name:>15}" for name in counts))
-    for number, row in enumerate(torch.stack([ious(c) for c in counts.values()], dim=1)):
-        if not row.isnan().all():
-            words = ["-" if value.isnan() else f"{value:.2f} %" for value in row]
-            print(f"{number:<5}" + "".join(f"{word:>15}" for word in words))
-    for name, count_CC in counts.items():
-        extra = f"   (C {chosen:.2g})" if name == "linear" else ""
-        right = 100 * count_CC.diag().sum() / count_CC.sum()
-        print(f"{name:<15}{mean_iou(count_CC):6.2f} % mean IoU,{right:7.2f} % of pixels{extra}")
+def show(count_CC, chosen):
+    """IoU of every class that occurs, their mean, and the share of pixels that are right."""
+    for number, value in enumerate(ious(count_CC).tolist()):
+        if value == value:  # nan is not
+            print(f"class {number:<4}{value:10.2f} %")
+    right = 100 * count_CC.diag().sum() / count_CC.sum()
+    print(f"mean IoU  {mean_iou(count_CC):10.2f} %   (penalty C {chosen:.2g})")
+    print(f"pixels    {right:10.2f} %")
 
 
 if __name__ == "__main__":

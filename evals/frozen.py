@@ -6,18 +6,34 @@ Shapes:  N images   B images of a batch   D features of an image   C, H, W an im
 """
 
 import copy
+import hashlib
 import os
+from pathlib import Path
 
+import numpy as np
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
 
 import config
-from config import UserError
+from config import UserError, writing
 from images import evaluation
+from images.held_out import Part
+from images.index import stamps
 from images.sources import read_or_next
-from parallel import counted, dtype_of, gather_from_ranks, progress, ranks, warn_once
+from parallel import (
+    counted,
+    dtype_of,
+    gather_from_ranks,
+    lists_of_ranks,
+    progress,
+    ranks,
+    warn_once,
+)
 from vit import SIZES, assign
 from weights.load import load_backbone
 
+CHUNK = 4096  # images whose features are kept in one file
 FEW = 100  # test images; below, one of them is more than a point
 KEYS = ("data.", "crops.global_size", "precision", "device")  # what --help explains of a config
 
@@ -53,9 +69,8 @@ def settle(cfg, words, backbone, title, batch=0):
     # Those of the training are of no use here: ranks only share out the images.
     world = int(os.environ.get("WORLD_SIZE", 1))
     cfg.parallel, cfg.batch, cfg.accumulate = "ddp" if world > 1 else "none", batch or world, 1
-    for key, value in vars(before).items():
-        if (now := getattr(cfg.vit, key)) != value:
-            raise UserError(f"vit.{key}={now}, but {title} has {value}: leave the key out")
+    if cfg.vit != before:
+        raise UserError(f"{title} says what its network is: leave out the keys of vit.*")
     if cfg.vit.size not in SIZES:  # a file of others; nothing is built from this key here
         cfg.vit.size = "nano"
     config.check(cfg)
@@ -107,6 +122,12 @@ def extract(network, source, cfg, device, what="features", keep=None):
     return torch.cat(features)[: len(source)], torch.cat(labels)[: len(source)]
 
 
+def in_order(own):
+    """The rows of all processes, each of which has every `world`-th, in the order of the whole."""
+    rows, _ = gather_from_ranks(own)
+    return rows.unflatten(0, (ranks()[1], -1)).transpose(0, 1).flatten(0, 1)
+
+
 def tell_damaged(source, label_N):
     """Say how many images cannot be read, and name the first with the reason."""
     rows = (label_N == evaluation.DAMAGED).nonzero().flatten().tolist()
@@ -123,7 +144,69 @@ def tally(train, test, classes):
     return f"{train:,} training, {test:,} test images, {len(classes)} classes ({names})"
 
 
-def in_order(own):
-    """The rows of all processes, each of which has every `world`-th, in the order of the whole."""
-    rows, _ = gather_from_ranks(own)
-    return rows.unflatten(0, (ranks()[1], -1)).transpose(0, 1).flatten(0, 1)
+# ---- features that are kept ----------------------------------------------------------------------
+
+
+def cached_features(folder, extract, backbone, source, cfg, device, what, keep=None):
+    """(features, labels) of extract(backbone, source, ...), from this folder or put there.
+
+    In it is a folder that is named after everything that they depend on, so that they are never
+    used for another network, data set or size, with a file for each CHUNK of images: what was
+    interrupted goes on. Without a folder they are not kept.
+    """
+    if not folder:
+        return extract(backbone, source, cfg, device, what, keep)
+    folder, found = Path(folder, fingerprint(backbone, source, cfg)), []
+    for start in range(0, len(source), CHUNK):
+        path = folder / f"{start:010}.safetensors"
+        if all(lists_of_ranks([path.exists()])):  # ranks agree: extracting is work for all of them
+            try:
+                parts = load_file(path)
+                found.append((parts["features"], parts["labels"]))
+            except (OSError, KeyError, SafetensorError) as error:
+                raise UserError(f"{path}: cannot be read ({error}); delete this file") from None
+            continue
+        part = Part(source, range(start, min(start + CHUNK, len(source))))
+        title = f"{what} ({start:,} of {len(source):,} done)" if start else what
+        features, labels = (x.cpu() for x in extract(backbone, part, cfg, device, title, "cpu"))
+        if ranks()[0] == 0:
+            aside = path.with_suffix(".part")  # what is interrupted leaves no half file
+            with writing(path):
+                folder.mkdir(parents=True, exist_ok=True)
+                aside.write_bytes(save({"features": features.contiguous(), "labels": labels}))
+                os.replace(aside, path)
+        found.append((features, labels))
+    features, labels = zip(*found, strict=True)
+    return tuple(torch.cat(parts).to(keep or device) for parts in (features, labels))
+
+
+def fingerprint(backbone, source, cfg):
+    """A word that differs if weights, network, images, labels, size or precision do."""
+    digest = hashlib.sha256()
+    for name, value in backbone.state_dict().items():
+        digest.update(f"{name} {tuple(value.shape)}".encode())
+        digest.update(value.cpu().contiguous().numpy())
+    how = [block.attn.heads for block in backbone.blocks]
+    how += [backbone.interpolate_offset, backbone.interpolate_antialias, cfg.crops.global_size]
+    how += [backbone.norm.eps, dtype_of(cfg), cfg.data.mean, cfg.data.std]
+    digest.update(repr([*how, *source_words(source)]).encode())
+    return digest.hexdigest()[:32]
+
+
+def source_words(source):
+    """Whatever changes when the images of a source do: labels, names, sizes and times of files."""
+    yield source.classes
+    yield hashlib.sha256(np.asarray(source.labels, np.int64).tobytes()).hexdigest()
+    if isinstance(source, Part):
+        yield hashlib.sha256(np.asarray(source.indices, np.int64).tobytes()).hexdigest()
+        yield from source_words(source.source)
+    elif hasattr(source, "index"):  # files, or shards of them
+        yield hashlib.sha256(source.index.slices.tobytes()).hexdigest()
+        names = [str(Path(source.root, source.name(i))) for i in range(len(source))]
+        paths = source.index.shards or names
+        yield [paths, stamps(paths)]
+    elif getattr(source.images, "filename", None):  # an array that is left on the disk
+        file = source.images.filename
+        yield [str(file), stamps([file]), source.images.offset, source.images.shape]
+    else:
+        yield hashlib.sha256(np.ascontiguousarray(source.images)).hexdigest()

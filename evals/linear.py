@@ -29,19 +29,19 @@ Shapes:  N training images   M test images   B batch   H candidates   C classes
 """
 
 import json
+import random
 import sys
 from pathlib import Path
-from typing import NamedTuple
+from types import SimpleNamespace
 
 import torch
-from torch import Tensor
 
+import augment
 import config
 import data
 from config import UserError
 from evals import classifier as classifiers
 from evals.classifier import BLOCKS, Classifier, features
-from evals.crops import augmented_batches, positions
 from evals.frozen import (
     KEYS,
     check_place,
@@ -54,44 +54,30 @@ from evals.frozen import (
 )
 from evals.logistic import logistic_path, penalties
 from evals.probe import Candidates, Probe, accuracies
-from images.held_out import divide
+from images.evaluation import normalised
+from images.held_out import Part, divide
+from images.sources import by_workers, read_or_next
 from parallel import dtype_of, process_group, progress, ranks
 
-
-class Setup(NamedTuple):
-    """What both methods share: a network, images, features, options. A label below 0 is none."""
-
-    backbone: torch.nn.Module
-    train: object
-    classes: list
-    x_NF: Tensor
-    label_N: Tensor
-    x_MF: Tensor
-    label_M: Tensor
-    cfg: config.Config
-    o: object
-    device: torch.device
-
-
-class Result(NamedTuple):
-    """What a method reached, in percent, and its classifier."""
-
-    method: str
-    held_out: float
-    test: float
-    chosen: str  # in words
-    best: float | None  # of its candidates on the test images: they choose, which is not honest
-    weight_CF: Tensor  # trained on all training images
-    bias_C: Tensor
-
+OPTIONS = {
+    "iterations": 12_500, "batch": 128, "augment": False, "logistic": 45, "untrained": False,
+    "save": "", "seed": 0,
+}  # fmt: skip
+HELD_OUT = 0.1
 
 # ---- features -----------------------------------------------------------------------------------
+
+
+def positions(o):
+    """The positions of this rank in an endless shuffle of the rows, iteration by iteration."""
+    rank, world = ranks()
+    return [range(i * o.batch + rank, (i + 1) * o.batch, world) for i in range(o.iterations)]
 
 
 def feature_batches(s, rows):
     """Iterator of (features (B, F), rows (B,)) in an endless shuffle of these rows."""
     order = data.Order(len(rows), s.o.seed)
-    for own in positions(s.o.iterations, s.o.batch, *ranks()):
+    for own in positions(s.o):
         row_B = rows[[order[position] for position in own]]
         yield s.x_NF[row_B.to(s.device)], row_B
 
@@ -99,12 +85,30 @@ def feature_batches(s, rows):
 @torch.no_grad()
 def fresh_features(s, rows):
     """The same, of new random crops: the official way, at the price of the backbone each time."""
-    o = s.o
-    crops = augmented_batches(
-        s.train, rows, s.cfg, o.iterations, o.batch, s.device, o.seed, *ranks()
-    )
-    for image_BCSS, row_B in crops:
+    crops = RandomCrops(s.train, rows.tolist(), s.cfg.crops.global_size, s.o.seed)
+    for image_BCSS, row_B in by_workers(crops, s.cfg, batch_sampler=positions(s.o)):
+        image_BCSS = image_BCSS.to(s.device, non_blocking=True)
+        image_BCSS = normalised(image_BCSS, s.cfg.data.mean, s.cfg.data.std)
         yield features(s.backbone, image_BCSS.to(dtype_of(s.cfg))), row_B
+
+
+class RandomCrops:
+    """Position in an endless shuffle of some rows of a source -> (crop (C, S, S), row).
+
+    The official augmentation of a probe: a crop of 8 to 100 % of the area, and flips.
+    """
+
+    def __init__(self, source, rows, size, seed):
+        self.part, self.rows, self.size, self.seed = Part(source, rows), rows, size, seed
+        self.order = data.Order(len(rows), seed)
+
+    def __getitem__(self, position):
+        image, at, _ = read_or_next(self.part, self.order[position])
+        rng = random.Random(f"{self.seed} crop {position}")
+        box = augment.draw_box(rng, *image.shape[:2], scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3))
+        crop_CSS = augment.resized_crop(image, box, self.size)
+        crop_CSS = crop_CSS.flip(2) if rng.random() < 0.5 else crop_CSS
+        return crop_CSS.contiguous(), self.rows[at]
 
 
 # ---- methods: each trains candidates on some rows -----------------------------------------------
@@ -135,29 +139,35 @@ def logistic_regression(s, rows, chosen=None):
 
 
 def choose(s, method, train, kept, held):
-    """The Result of a method: held-out images choose, all train, then come the test images."""
+    """(figures in percent, weights (C, F) and biases (C,) of the classifier) of a method.
+
+    Held-out images choose, all train, then come the test images. `best` of the candidates lets the
+    test images choose, which is not honest.
+    """
     early, own = train(s, kept), held.to(s.device)
     held_H = accuracies(early, s.x_NF[own], s.label_N[own])
     chosen = int(held_H.argmax())
     late = train(s, torch.cat((kept, held)).sort().values, chosen)
     at = late.names.index(early.names[chosen])
     test_H = accuracies(late, s.x_MF, s.label_M)
-    best = test_H.max().item() if len(test_H) > 1 else None
-    figures = held_H[chosen].item(), test_H[at].item(), late.names[at], best
-    return Result(method, *figures, late.weight_HCF[at].clone(), late.bias_HC[at].clone())
+    figures = {
+        "method": method,
+        "held_out": held_H[chosen].item(),
+        "test": test_H[at].item(),
+        "chosen": late.names[at],
+        "best": test_H.max().item() if len(test_H) > 1 else None,
+    }
+    return figures, late.weight_HCF[at].clone(), late.bias_HC[at].clone()
 
 
 # ---- the command --------------------------------------------------------------------------------
 
-OPTIONS = {
-    "iterations": 12_500, "batch": 128, "augment": False, "logistic": 45, "untrained": False,
-    "save": "", "seed": 0,
-}  # fmt: skip
-HELD_OUT = 0.1
-
 
 def read_setup(backbone, cfg, o, device):
-    """The images with their labels and features, counted as eval_knn.py counts them."""
+    """What both methods share: network, options, and features of images, counted as in eval_knn.py.
+
+    A training image without a class, or a damaged one, keeps its row, with a label below 0.
+    """
     train, test = labelled_images(cfg)
     found = []
     for source, what in (train, "training images"), (test, "test images"):
@@ -165,8 +175,7 @@ def read_setup(backbone, cfg, o, device):
         tell_damaged(source, label_N)
         found += [x_NF, label_N]
     x_NF, label_N, x_MF, label_M = found
-    # Damaged images have a negative label. If all training images of a class are damaged, nothing
-    # can find its test images.
+    # If all training images of a class are damaged, nothing can find its test images.
     known_C = label_N[label_N >= 0].unique()
     asked_M = torch.isin(label_M, known_C)
     if len(known_C) < 2 or not asked_M.any():
@@ -174,30 +183,29 @@ def read_setup(backbone, cfg, o, device):
     if ranks()[0] == 0:
         names = [train.classes[c] for c in known_C.tolist()]
         print(tally(int((label_N >= 0).sum()), int(asked_M.sum()), names))
-    labelled = train.classes, x_NF, label_N, x_MF[asked_M], label_M[asked_M]
-    return Setup(backbone, train, *labelled, cfg, o, device)
+    return SimpleNamespace(
+        backbone=backbone, train=train, classes=train.classes, x_NF=x_NF, label_N=label_N,
+        x_MF=x_MF[asked_M], label_M=label_M[asked_M], cfg=cfg, o=o, device=device,
+    )  # fmt: skip
 
 
 def evaluate(s):
-    """[Result] of both methods."""
+    """What `choose` says of each method."""
     kept, held = map(torch.tensor, divide(s.label_N.cpu().numpy(), HELD_OUT, s.o.seed))
     if not len(held):
         raise UserError("no class has 3 training images, so none can be held out to choose")
-    results = []
-    if s.o.iterations:
-        results.append(choose(s, "linear", linear_probe, kept, held))
-    if s.o.logistic:
-        results.append(choose(s, "logistic", logistic_regression, kept, held))
-    return results
+    methods = [("linear", linear_probe, s.o.iterations)]
+    methods += [("logistic", logistic_regression, s.o.logistic)]
+    return [choose(s, name, train, kept, held) for name, train, wanted in methods if wanted]
 
 
 def print_results(results):
     """The figures, one line for each method."""
     print(f"{'method':<12}{'held out':>9}{'test':>9}   chosen")
-    for r in results:
-        print(f"{r.method:<12}{r.held_out:>7.2f} %{r.test:>7.2f} %   {r.chosen}")
-    if results[0].best is not None:
-        print(f"the best linear one on the test images, as official: {results[0].best:.2f} %")
+    for f, *_ in results:
+        print(f"{f['method']:<12}{f['held_out']:>7.2f} %{f['test']:>7.2f} %   {f['chosen']}")
+    if best := results[0][0]["best"]:
+        print(f"the best linear one on the test images, as official: {best:.2f} %")
 
 
 @config.report_errors
@@ -217,12 +225,11 @@ def main(argv):
         if ranks()[0] == 0:
             print_results(results)
             if o.save:
-                best = max(results, key=lambda r: r.held_out)
-                classifier = Classifier(s.backbone, s.classes, best.weight_CF, best.bias_C)
-                classifiers.save(classifier, cfg, o.save)
+                _, *head = max(results, key=lambda result: result[0]["held_out"])
+                classifiers.save(Classifier(s.backbone, s.classes, *head), cfg, o.save)
             if Path(run).is_dir() and not o.untrained:
-                rows = [dict(list(r._asdict().items())[:-2]) for r in results]  # without weights
-                config.replace_text(Path(run, "linear.json"), json.dumps(rows, indent=1) + "\n")
+                text = json.dumps([figures for figures, *_ in results], indent=1)
+                config.replace_text(Path(run, "linear.json"), text + "\n")
 
 
 if __name__ == "__main__":

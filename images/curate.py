@@ -36,7 +36,7 @@ import torch
 import torch.nn.functional as F
 
 from config import UserError, replace_text, report_errors, take_options, writing
-from evals.cache import cached_features
+from evals.frozen import cached_features
 from images.copies import S, components, near_copies, neighbours
 from images.evaluation import centre_crop, normalised, resize
 from images.sources import Files, by_workers, open_source

@@ -18,8 +18,8 @@ from test_parallel import be_rank, launch
 import eval_knn
 from config import Config, UserError
 from eval_knn import draw, few_shot, knn_probabilities, top_accuracy
-from evals import cache, frozen
-from evals.cache import cached_features, fingerprint
+from evals import frozen
+from evals.frozen import cached_features, fingerprint
 from images import __main__ as prepare
 from images.held_out import Part
 from images.sources import Arrays, open_source
@@ -255,7 +255,7 @@ def test_cached_features_are_those_that_were_extracted_once(tmp_path):
 
 def test_an_interrupted_cache_goes_on_where_it_was(tmp_path, monkeypatch):
     net, (source, _) = VisionTransformer("nano", 8, 16).eval(), sources([0, 1, 2] * 3, [0])
-    monkeypatch.setattr(cache, "CHUNK", 4)
+    monkeypatch.setattr(frozen, "CHUNK", 4)
     whole, seen = cached(tmp_path / "whole", source, config(), net), []
 
     def stop_after_one(backbone, part, *more):
@@ -404,7 +404,7 @@ BAD = [
     (["{run}", "k=ten"], "k=ten: write whole numbers above 0"),
     (["{run}", "tries=0"], "tries=0 must be at least 1"),
     (["{run}", "--floor"], "unknown option --floor"),
-    (["{run}", "vit.size=large"], "vit.size=large, but {run} has nano: leave the key out"),
+    (["{run}", "vit.size=large"], "{run} says what its network is: leave out the keys of vit"),
     (["{run}", "crops.global_size=4"], "crops.global_size=4 is not a multiple of vit.patch=8"),
     (
         ["{run}", "data.channels=1", "data.mean=[.5]", "data.std=[.2]"],

@@ -22,8 +22,8 @@ import eval_knn
 import parallel
 from config import Config, to_dict
 from evals import classifier as classifiers
-from evals import crops, probe
 from evals import linear as eval_linear
+from evals import probe
 from evals.classifier import Classifier, features
 from evals.logistic import logistic_path, objective, penalties
 from evals.probe import Candidates, Probe, feature_sets
@@ -202,10 +202,12 @@ def test_the_test_images_do_not_choose():
         label_N=torch.tensor([0, 0, 1, 0]), label_M=torch.tensor([1, 1, 1, 0]),
         x_NF=torch.ones(4, 1), x_MF=torch.ones(4, 1), device="cpu",
     )  # fmt: skip
-    result = eval_linear.choose(s, "linear", train, torch.tensor([0, 2]), torch.tensor([1, 3]))
-    assert (result.chosen, result.held_out, result.test, result.best) == ("held", 100, 25, 75)
+    kept, held = torch.tensor([0, 2]), torch.tensor([1, 3])
+    figures, weight_CF, _ = eval_linear.choose(s, "linear", train, kept, held)
+    expected = {"chosen": "held", "held_out": 100, "test": 25, "best": 75}
+    assert figures == {"method": "linear"} | expected
     assert trained == [[0, 2], [0, 1, 2, 3]]
-    assert torch.equal(result.weight_CF, good_for_held)
+    assert torch.equal(weight_CF, good_for_held)
 
 
 # ---- images -------------------------------------------------------------------------------------
@@ -230,15 +232,18 @@ def tiny_backbone():
     return VisionTransformer((16, 3, 2, "mlp"), 8, image_size=16, layerscale=0.1, init_std=0).eval()
 
 
-def test_random_crops_show_their_own_rows_and_each_once():
-    source, cfg = array(), tiny_config()
+def test_random_crops_show_their_own_rows_and_each_once(monkeypatch):
     rows = torch.tensor([1, 4, 5, 7])
-    found = list(crops.augmented_batches(source, rows, cfg, 3, 4, "cpu", seed=1))
+    o = SimpleNamespace(iterations=3, batch=4, seed=1)
+    s = SimpleNamespace(train=array(), cfg=tiny_config(), o=o, device="cpu", backbone=None)
+    monkeypatch.setattr(eval_linear, "features", lambda _, images: images)
+    found = list(eval_linear.fresh_features(s, rows))
     assert [sorted(row.tolist()) for _, row in found] == [rows.tolist()] * 3
     assert found[0][0].shape == (4, 3, 16, 16) and not torch.equal(found[0][0][0], found[1][0][0])
-    halves = [
-        list(crops.augmented_batches(source, rows, cfg, 3, 4, "cpu", 1, r, 2)) for r in (0, 1)
-    ]
+    halves = []
+    for rank in 0, 1:
+        monkeypatch.setattr(eval_linear, "ranks", lambda rank=rank: (rank, 2))
+        halves.append(list(eval_linear.fresh_features(s, rows)))
     for (image, _), (first, _), (second, _) in zip(found, *halves, strict=True):
         assert torch.equal(torch.stack((first, second), dim=1).flatten(0, 1), image)
 
@@ -337,7 +342,7 @@ BAD = [
     (["{run}", "data.channels=1", "data.mean=[0.5]", "data.std=[0.5]"], "reads 3"),
     (["predict", "{run}/c.pt", "{photos}", "data.channels=1", "data.mean=[0.5]", "data.std=[0.5]"],
      "c.pt reads 3: give images of 3 channels"),
-    (["{run}", "vit.size=large"], "has nano: leave the key out"),
+    (["{run}", "vit.size=large"], "says what its network is: leave out the keys of vit"),
     (["{run}", "save=/nowhere/c.pt"], "save=/nowhere/c.pt: cannot be written"),
     (["predict", "{run}/teacher.pt", "{photos}"], "not a classifier"),
     (["predict", "{run}", "{photos}"], "run: cannot be read"),

@@ -19,7 +19,7 @@ DOORS = {
     "attention": {"kernels.build", "kernels.short"},
     "parallel": {"kernels.build"},
     "data": {"images.sources"},
-    "eval_knn": {"evals.cache", "evals.frozen"},
+    "eval_knn": {"evals.frozen"},
     "hubconf": {"weights.load", "weights.plain"},
     "train": {
         "images.evaluation",

@@ -56,10 +56,7 @@ class DinoVisionTransformer(vit.VisionTransformer):
         return torch.cat((self.pos_embed[:, :1], grid), dim=1)
 
     def forward_features(self, x, masks=None):
-        """A dict of tokens as in vit.py; for a list of images of several sizes, a list of them."""
-        if isinstance(x, list):
-            masks = masks or [None] * len(x)
-            return [self.forward_features(*each) for each in zip(x, masks, strict=True)]
+        """A dict of tokens as in vit.py."""
         x = self.prepare_tokens(x, masks)
         for block in self.blocks:
             x = block(x)
