@@ -1,7 +1,6 @@
 """What do single patches know? Segmentation from frozen patch tokens, with mean IoU.
 
     python -m evals.dense RUN FOLDER        FOLDER/images/x.jpg and FOLDER/masks/x.png
-    python -m evals.dense draw FOLDER       such a folder to try it on, drawn by the program
 
 RUN is a run folder, a file of weights or a released name. A mask is a PNG whose pixels (palette or
 grey) are numbers of classes; 255 is not counted. FOLDER may hold train/ and val/ with images/ and
@@ -34,7 +33,7 @@ import config
 from config import UserError
 from evals.frozen import open_network, run_and_folder, untrained
 from evals.logistic import logistic_path, penalties
-from images import evaluation, synthetic
+from images import evaluation
 from images.reader import EXTENSIONS, read_image
 from parallel import dtype_of, pick_device, progress
 
@@ -206,30 +205,10 @@ def evaluate(extract, folder, channels=3):
     return confusions(test, extract, late)[chosen], chosen
 
 
-def draw(folder, count=60, side=96, cells=4):
-    """Mosaics of the embedded images: each cell shows one class, and the mask says which."""
-    rng, classes = np.random.default_rng(0), len(synthetic.CLASSES)
-    y, x = np.mgrid[:side, :side]
-    for name in ("images", "masks"):
-        Path(folder, name).mkdir(parents=True, exist_ok=True)
-    for i in range(count):
-        centre = rng.uniform(0, side, (cells, 2))
-        cell = np.hypot(y[..., None] - centre[:, 0], x[..., None] - centre[:, 1]).argmin(axis=2)
-        label = rng.choice(classes, cells, replace=False)
-        tiles = np.tile(synthetic.draw(rng, label, side // 2), (1, 2, 2, 1))
-        Image.fromarray(tiles[cell, y, x]).save(Path(folder, "images", f"{i:03}.png"))
-        mask = Image.fromarray(label[cell].astype(np.uint8))
-        mask.save(Path(folder, "masks", f"{i:03}.png"))
-    print(f"{count} drawn mosaics of {classes} classes: {folder}/images, {folder}/masks")
-
-
 @config.report_errors
 def main(argv):
     run, folder, words = run_and_folder(argv, __doc__)
     o, words = config.take_options(words, {"size": 448, "untrained": False}, {"size": 1})
-    if run == "draw":
-        with config.writing(folder):
-            return draw(folder)
     backbone, cfg = open_network(run, words)
     device = pick_device(cfg.device)
     backbone = (untrained(backbone, 0) if o.untrained else backbone).to(device)

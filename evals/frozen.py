@@ -12,7 +12,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
 import config
@@ -31,7 +30,7 @@ from parallel import (
     warn_once,
 )
 from vit import SIZES, assign
-from weights.load import load_backbone
+from weights.load import beyond_shapes, load_backbone
 
 CHUNK = 4096  # images whose features are kept in one file
 FEW = 100  # test images; below, one of them is more than a point
@@ -160,11 +159,8 @@ def cached_features(folder, extract, backbone, source, cfg, device, what, keep=N
     for start in range(0, len(source), CHUNK):
         path = folder / f"{start:010}.safetensors"
         if all(lists_of_ranks([path.exists()])):  # ranks agree: extracting is work for all of them
-            try:
-                parts = load_file(path)
-                found.append((parts["features"], parts["labels"]))
-            except (OSError, KeyError, SafetensorError) as error:
-                raise UserError(f"{path}: cannot be read ({error}); delete this file") from None
+            parts = load_file(path)
+            found.append((parts["features"], parts["labels"]))
             continue
         part = Part(source, range(start, min(start + CHUNK, len(source))))
         title = f"{what} ({start:,} of {len(source):,} done)" if start else what
@@ -186,9 +182,7 @@ def fingerprint(backbone, source, cfg):
     for name, value in backbone.state_dict().items():
         digest.update(f"{name} {tuple(value.shape)}".encode())
         digest.update(value.cpu().contiguous().numpy())
-    how = [block.attn.heads for block in backbone.blocks]
-    how += [backbone.interpolate_offset, backbone.interpolate_antialias, cfg.crops.global_size]
-    how += [backbone.norm.eps, dtype_of(cfg), cfg.data.mean, cfg.data.std]
+    how = [beyond_shapes(backbone, cfg), dtype_of(cfg)]
     digest.update(repr([*how, *source_words(source)]).encode())
     return digest.hexdigest()[:32]
 

@@ -247,10 +247,6 @@ def test_cached_features_are_those_that_were_extracted_once(tmp_path):
     again = cached(tmp_path / "new", source, config(), net, extract=None)  # extracting again fails
     for found in first, again:
         assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
-    (path,) = (tmp_path / "new").glob("*/*")
-    path.write_bytes(path.read_bytes()[:40])
-    with pytest.raises(UserError, match=r"safetensors: cannot be read .*delete this file"):
-        cached(tmp_path / "new", source, config(), net)
 
 
 def test_an_interrupted_cache_goes_on_where_it_was(tmp_path, monkeypatch):

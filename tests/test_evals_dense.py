@@ -5,7 +5,6 @@ Run: pytest tests/test_evals_dense.py        (seconds)
 
 import math
 import re
-import shutil
 from collections import Counter
 
 import numpy as np
@@ -160,7 +159,7 @@ def test_an_image_keeps_its_shape_in_whole_patches(tmp_path):
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """A backbone that was never trained, and drawn mosaics."""
+    """A backbone that was never trained, and images with masks."""
     folder = tmp_path_factory.mktemp("dense")
     cfg = Config(precision="fp32", device="cpu")
     cfg.crops.global_size, cfg.vit.patch, cfg.vit.size = 16, 8, "nano"
@@ -168,37 +167,27 @@ def place(tmp_path_factory):
     torch.manual_seed(0)
     state = {"backbone": build_backbone(cfg).state_dict(), "config": to_dict(cfg), "step": 0}
     torch.save(state, folder / "teacher.pt")
-    eval_dense.draw(folder / "mosaics", count=16, side=64)
+    blocks(folder / "blocks", 16)
     return folder
 
 
-def test_a_drawn_mosaic_shows_what_its_mask_says(place):
-    images, masks = (sorted((place / "mosaics" / n).iterdir()) for n in ("images", "masks"))
-    assert len(images) == len(masks) == 16
-    mask = np.asarray(Image.open(masks[0]))
-    assert mask.shape == (64, 64) and 2 <= len(np.unique(mask)) <= 4 and mask.max() < 12
-
-
 def test_the_command_prints_what_was_reached(place, capsys, monkeypatch):
-    words = [str(place / "teacher.pt"), str(place / "mosaics")]
+    words = [str(place / "teacher.pt"), str(place / "blocks"), "size=64"]
     eval_dense.main(words)
     said = capsys.readouterr().out
     figures = [float(x) for x in re.findall(r"^class \d+ +([\d.]+) %$", said, re.MULTILINE)]
     (mean,) = re.findall(r"^mean IoU +([\d.]+) %   \(penalty C ", said, re.MULTILINE)
     assert 0 < float(mean) == pytest.approx(sum(figures) / len(figures), abs=0.01)
-    assert "13 training, 3 test images, 12 classes" in said
+    assert "13 training, 3 test images, 2 classes" in said
     monkeypatch.setattr(eval_dense, "untrained", lambda net, seed: untrained(net, seed + 1))
     eval_dense.main([*words, "untrained=true"])
     assert capsys.readouterr().out != said
 
 
 @pytest.mark.parametrize("words", commands(README, "evals.dense"), ids=" ".join)
-def test_a_command_of_the_readme_runs(place, tmp_path, words, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    shutil.copytree(place / "mosaics", tmp_path / "runs" / "mosaics")
-    if words[0] != "draw":
-        words = [str(place / "teacher.pt"), *words[1:]]
-    eval_dense.main(words)
+def test_a_command_of_the_readme_runs(place, words):
+    assert words == ["runs/default", "/photos"]
+    eval_dense.main([str(place / "teacher.pt"), str(place / "blocks")])
 
 
 BAD = [
@@ -210,7 +199,6 @@ BAD = [
     (["{run}", "{good}", "iterations=20"], "unknown key iterations; --help lists them all"),
     (["{run}", "{good}", "data.channels=1", "data.mean=[0]", "data.std=[1]"], "reads 3: give imag"),
     (["{nowhere}", "{good}"], "no such file; give a run folder"),
-    (["draw", "{run}/below"], "below: cannot be written"),
 ]
 
 
@@ -218,7 +206,7 @@ BAD = [
 def test_bad_input_is_one_line(place, tmp_path, capsys, words, expected):
     (tmp_path / "empty").mkdir()
     places = {
-        "run": place / "teacher.pt", "good": place / "mosaics", "empty": tmp_path / "empty",
+        "run": place / "teacher.pt", "good": place / "blocks", "empty": tmp_path / "empty",
         "few": blocks(tmp_path / "few", 3), "nowhere": tmp_path / "nowhere.pt",
     }  # fmt: skip
     refused([word.format(**places) for word in words], expected, capsys)

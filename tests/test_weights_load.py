@@ -253,8 +253,8 @@ class Code:
 def test_what_torch_does_not_load_is_said_in_our_words(tmp_path):
     torch.save({"norm.bias": torch.zeros(3), "x": hashlib.sha256}, tmp_path / "x.pth")
     (tmp_path / "y.pth").write_text("version https://git-lfs.github.com/spec/v1")
-    for name, said in ("x", "it holds _hashlib.openssl_sha256, and only"), ("y", "not of torch"):
-        with pytest.raises(UserError, match=said) as error:
+    for name in "x", "y":
+        with pytest.raises(UserError, match=r"not of torch.save, or more") as error:
             load_backbone(tmp_path / f"{name}.pth")
         assert str(error.value).isprintable() and len(str(error.value)) < 200
 

@@ -21,7 +21,6 @@ import hashlib
 import json
 import os
 import pickle
-import re
 import shutil
 import warnings
 import zipfile
@@ -239,9 +238,8 @@ def read(path):
         # The official code of DINO and iBOT saves its options too: plain values.
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:  # with a page of advice to run the code in the file
-        held = re.search(r"GLOBAL (\S+)", str(error))
-        what = f"it holds {held[1]}, and only tensors are loaded" if held else "not of torch.save"
+    except pickle.UnpicklingError:  # with a page of advice to run the code in the file
+        what = "not of torch.save, or more than tensors and plain values"
         raise UserError(f"{path}: cannot be read ({what}); give a state dict") from None
     except Exception as error:  # a damaged archive raises anything, BadZipFile to RuntimeError
         raise UserError(f"{path}: cannot be read ({reason(error)})") from None

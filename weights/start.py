@@ -92,10 +92,8 @@ def adapt(state, shapes, how, title, fix=SAME):
 def to_channels(weight_DCPP, channels):
     """Weights of the patch convolution for another number of input channels.
 
-    New channel c has the weights of old channel c % C, divided by how many channels share them; of
-    fewer channels, each has the sum of the old ones that fall to it. Either way the weights of a
-    pixel have the same sum as before, so an image that is equal in all (normalised) channels,
-    a grey one, gives the same patch tokens.
+    New channel c has the weights of old channel c % C, divided by how many share them; fewer sum
+    up what falls to each. So a grey image, equal in all normalised channels, gives equal tokens.
     """
     C = weight_DCPP.shape[1]
     i = torch.arange(max(channels, C))
