@@ -1,29 +1,20 @@
-"""How fast is it, compared with whom, and where does the time go? Anyone can run this.
+"""How fast is it, and where does the time go?
 
-    python -m bench WHAT [CONFIG.yaml] [key=value ...] [--official PATH] [lightly] [--to FOLDER]
-                    [profile]
-    python -m bench step config.yaml lightly --official ~/dinov2
-    python -m bench losses configs/vitl16.yaml batch=16
-    python -m bench gpu --official ~/dinov2 --to docs        all rows for one GPU, see rows.py
+    python -m bench WHAT [CONFIG.yaml] [key=value ...] [profile]
+    python -m bench step configs/vitl16.yaml batch=16
 
-WHAT is step, data, losses, attention or augment: functions of these names make the work
-below, and measure.py times it. Images are made in memory unless data.root=... is given; only
-"data", which measures loading too, reads those of the config. Peers that are named run in the same
-process, in turns with ours (peers.py): a checkout of the official code, and pip install lightly.
---to is the folder of benchmarks.json and benchmarks.md, to which results are added (runs).
-"profile" also writes profile.txt there: the operations that took longest.
-
-Shapes:  B images   T large crops (2)   S all crops   K prototypes   M hidden patches
+WHAT is step, data, attention or augment: functions of these names make the work below, and
+measure.py times it. Images are made in memory unless data.root=... is given; only "data", which
+measures loading too, reads those of the config. "profile" also prints the operations that took
+longest. scripts/benchmarks.py measures the same beside the official code and LightlySSL.
 """
 
 import atexit
-import dataclasses
 import io
 import random
 import sys
-import tempfile
+from dataclasses import replace
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -32,31 +23,19 @@ from PIL import Image
 import config
 from attention import attend, check_backend, pack
 from augment import colour, crops
-from bench import peers as bench_peers
-from bench import rows
-from bench.measure import Work, longest, measure, save, table
-from bench.plan import plan_step
+from bench.measure import Work, longest, measure, table
+from bench.plan import plan_step, update
 from config import UserError
 from data import loader
-from dinov2 import LARGE_CROPS, Output, build_centers, ema_update, objective
+from dinov2 import LARGE_CROPS, ema_update, objective
 from images.reader import read_image
 from images.sources import open_source
-from optim import clip_each_part, schedules, set_schedule
+from optim import schedules, set_schedule
 from parallel import check_launch, dtype_of, pick_device
 from train import build, to_device
 from vit import SIZES
 
 # ---- a training step ----------------------------------------------------------------------------
-
-
-def step_flops(cfg):
-    """Floating-point operations of the matrix products of a step, counted by the plan.
-
-    Without what stochastic depth leaves out, and nothing twice: with plain attention, nothing
-    computed again.
-    """
-    own = {"attention": "plain", "compile": False, "activation_checkpointing": "none"}
-    return plan_step(dataclasses.replace(cfg, parallel="none", **own), 1).flops
 
 
 def described(cfg):
@@ -69,8 +48,7 @@ def described(cfg):
 
 def batches(cfg, device):
     """Endless batches on the device, as train.py makes them; each contender has its own."""
-    endless = dataclasses.replace(cfg, steps=10**9)
-    source = loader(endless, open_source(cfg.data.root, cfg))
+    source = loader(replace(cfg, steps=10**9), open_source(cfg.data.root, cfg))
     atexit.register(source.close)  # after an error too, while its threads can still end quietly
     for batch in source:
         yield to_device(batch, cfg, device)
@@ -88,12 +66,12 @@ def timed(network, clock, name):
     return call
 
 
-def step_in_phases(cfg, device, student, teacher, objective, optimizer, ema):
+def step_in_phases(cfg, device, student, teacher, objective, optimizer, average):
     """The body of the loop of train.py, with stamps: a run(clock) that returns the loss.
 
-    objective(student, teacher, batch) -> loss; ema(teacher, student, momentum).
+    objective(student, teacher, batch) -> loss; average(teacher, student, momentum).
     """
-    source, momentum = batches(cfg, device), schedules(cfg.steps // 2, cfg).momentum
+    source = batches(cfg, device)
     scaler = torch.amp.GradScaler(device.type, enabled=cfg.precision == "fp16")
 
     def run(clock):
@@ -103,78 +81,36 @@ def step_in_phases(cfg, device, student, teacher, objective, optimizer, ema):
         clock.mark("losses")
         scaler.scale(loss).backward()
         clock.mark("backward")
-        scaler.unscale_(optimizer)
-        clip_each_part(student, cfg.optim.clip, cfg.optim.clip_by)
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad(set_to_none=True)
-        clock.mark("optimiser")
-        ema(teacher, student, momentum)
-        clock.mark("EMA")
+        update(cfg, student, teacher, optimizer, clock.mark, scaler, average)
         return loss.item()
 
     return run
 
 
-def our_objective(cfg, centers):
-    """objective(student, teacher, batch) -> loss, half-way through the schedules."""
-    temp = schedules(cfg.steps // 2, cfg).teacher_temp
-
-    def loss_of(student, teacher, batch):
-        return objective(student, teacher, centers, batch, temp, cfg.loss)[0]
-
-    return loss_of
-
-
 def step(cfg, device):
     """From crops on the device to the updated teacher."""
     student, teacher, centers, optimizer = build(cfg, device)
-    set_schedule(optimizer, schedules(cfg.steps // 2, cfg))
-    parts = student, teacher, our_objective(cfg, centers), optimizer, ema_update
-    run = step_in_phases(cfg, device, *parts)
-    given, flops = (partial(step_in_phases, cfg, device), student), step_flops(cfg)
+    now = schedules(cfg.steps // 2, cfg)
+    set_schedule(optimizer, now)
+
+    def loss_of(student, teacher, batch):
+        return objective(student, teacher, centers, batch, now.teacher_temp, cfg.loss)[0]
+
+    run = step_in_phases(cfg, device, student, teacher, loss_of, optimizer, ema_update)
+    # Of the matrix products, nothing twice: plain attention computes nothing again.
+    own = {"attention": "plain", "compile": False, "activation_checkpointing": "none"}
+    flops = plan_step(replace(cfg, **own), 1).flops
+    given = partial(step_in_phases, cfg, device), student
     # All contenders get crops from our loader, so that time is left out.
     return Work(f"Step: {described(cfg)}", {"ours": run}, cfg.batch, flops, given, leave_out="data")
 
 
 def data(cfg, device):
     """The same step, where the time that it waits for the loader counts."""
-    title = f"Step with loading: {described(cfg)}"
-    return dataclasses.replace(step(cfg, device), title=title, leave_out="")
+    return replace(step(cfg, device), title=f"Step with loading: {described(cfg)}", leave_out="")
 
 
 # ---- parts of it --------------------------------------------------------------------------------
-
-
-def losses(cfg, device):
-    """From given scores, in place of networks, to their gradients: targets and all losses."""
-    batch, B, K = next(batches(cfg, device)), cfg.batch, cfg.head.prototypes
-    S, M = LARGE_CROPS + cfg.crops.local_count, len(batch.mask_indices)
-
-    def noise(*shape):  # of the size of the scores of a trained network
-        return (0.2 * torch.randn(shape, device=device)).to(dtype_of(cfg)).requires_grad_()
-
-    # Both views are alike for the teacher: the official code has swapped them before its heads.
-    told = Output(None, noise(B, K).detach().repeat(LARGE_CROPS, 1), noise(M, K).detach())
-    said = Output(noise(LARGE_CROPS * B, 384), noise(S * B, K), noise(M, K))
-
-    def in_phases(objective):
-        def run(clock):
-            def student(*_, **__):
-                clock.mark("targets")
-                return said
-
-            loss = objective(student, lambda *_, **__: told, batch)
-            clock.mark("losses")
-            grads = torch.autograd.grad(loss, said)
-            clock.mark("backward")
-            return [x.item() for x in (loss, *(grad[:8].norm() for grad in grads))]
-
-        return run
-
-    ours = in_phases(our_objective(cfg, build_centers(cfg).to(device)))
-    title = f"Losses, {cfg.loss.centering}: {B} images, {S} crops, {M} patches, K = {K:,}"
-    return Work(f"{title}, {dtype_of(cfg)}", {"ours": ours}, B, given=(in_phases,))
 
 
 def attention(cfg, device):
@@ -238,54 +174,44 @@ def augment(cfg, device):
 
 # ---- command line -------------------------------------------------------------------------------
 
-WHAT = {work.__name__: work for work in (step, data, losses, attention, augment)}
+WHAT = {work.__name__: work for work in (step, data, attention, augment)}
 
 
-def arguments(argv):
-    """(what, config, peers, folder, whether to profile) from the command line."""
+def arguments(argv, works=WHAT):
+    """(what, config, whether to profile) from the command line."""
     what, words = config.main_arguments(argv, __doc__)
-    if what not in WHAT:
-        raise UserError(f"{what}: cannot be measured; use one of {', '.join([*WHAT, 'gpu'])}")
-    folder, checkout = rows.take(words, "--to") or "runs", rows.take(words, "--official")
-    peers = [word for word in words if word == "lightly"]
-    if checkout:
-        bench_peers.find_official(checkout)
-        peers.insert(0, "official")
+    if what not in works:
+        raise UserError(f"{what}: cannot be measured; use one of {', '.join(works)}")
     wants_profile = "profile" in words
-    words = [word for word in words if word not in ("lightly", "profile")]
+    words = [word for word in words if word != "profile"]
     path = words.pop(0) if words and "=" not in words[0] else "config.yaml"
     cfg = config.load(path, words)
     cfg.parallel = "none"  # one process is measured
     if what != "data" and not any(word.startswith("data.root=") for word in words):
         cfg.data.root = "synthetic"
-    return what, cfg, peers, folder, wants_profile
+    return what, cfg, wants_profile
 
 
-@config.report_errors
-def main(argv):
-    if argv and argv[0] == "gpu":
-        return rows.main(argv[1:])
-    what, cfg, peers, folder, wants_profile = arguments(argv)
-    with config.writing(f"--to {folder}", "choose another folder"):  # not after minutes of work
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
+def prepare(make, cfg):
+    """(Work, device) by one of the functions above."""
     device = pick_device(cfg.device)
     check_launch(cfg, device, 1)
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # as train.py
     torch.manual_seed(0)
-    work = WHAT[what](cfg, device)
-    for name in peers:
-        peer = getattr(bench_peers, f"{name}_{what}", None)
-        if peer is None:
-            raise UserError(f"{name}: has nothing to compare with {what}")
-        work.contenders[name] = peer(cfg, device, *work.given)
-    record = measure(work, device, dtype_of(cfg))
-    record["command"] = " ".join(["python -m bench", *argv])
-    print(f"{record['title']}\n{record['device']}, {record['setting']}\n\n{table(record)}")
-    save(record, folder)
+    return make(cfg, device), device
+
+
+@config.report_errors
+def main(argv):
+    what, cfg, wants_profile = arguments(argv)
+    work, device = prepare(WHAT[what], cfg)
+    figures = measure(work, device, dtype_of(cfg))
+    threads = torch.get_num_threads()
+    print(f"{work.title}\n{device}, PyTorch {torch.__version__}, threads: {threads}\n")
+    print(table(figures))
     if wants_profile:
-        Path(folder, "profile.txt").write_text(record["command"] + "\n" + longest(work, device))
+        print(longest(work, device))
 
 
 if __name__ == "__main__":

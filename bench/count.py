@@ -47,28 +47,25 @@ SCATTERS = ("index_add", "index_add_")
 FILLS = ("copy_", "fill_", "zero_")  # do not read what they overwrite
 
 # PyTorch knows the FLOPs of the fused attention of GPUs; a CPU's has the same.
-aten = torch.ops.aten
+FUSED = "_scaled_dot_product_flash_attention"
 FLOPS = flop_registry | {
-    aten._scaled_dot_product_flash_attention_for_cpu: flop_registry[
-        aten._scaled_dot_product_flash_attention
-    ],
-    aten._scaled_dot_product_flash_attention_for_cpu_backward: flop_registry[
-        aten._scaled_dot_product_flash_attention_backward
-    ],
+    getattr(torch.ops.aten, f"{FUSED}_for_cpu{way}"): flop_registry[
+        getattr(torch.ops.aten, FUSED + way)
+    ]
+    for way in ("", "_backward")
 }
 
 
 class Counter(TorchDispatchMode):
     """Counts while it is entered, see above. mark(name) names what no module claimed so far.
 
-    watch() is called at each operation. by_part: ModuleTracker, which knows the module of each,
-    keeps alive what activation checkpointing computes again, so the peak is then too high.
+    by_part: ModuleTracker, which knows the module of each operation, keeps alive what activation
+    checkpointing computes again, so the peak is then too high.
     """
 
-    def __init__(self, watch=lambda: None, by_part=True):
+    def __init__(self, by_part=True):
         super().__init__()
-        self.cells = WeakIdKeyDictionary()  # storage -> [its bytes]
-        self.alive, self.watch = 0, watch
+        self.cells, self.alive = WeakIdKeyDictionary(), 0  # storage -> [its bytes]; their sum
         self.modules = ModuleTracker() if by_part else contextlib.nullcontext()
         self.restart()
 
@@ -101,7 +98,6 @@ class Counter(TorchDispatchMode):
         if DTensor in types:  # comes again with the shard of this rank
             return NotImplemented
         result = function(*args, **(kwargs or {}))
-        self.watch()
         for tensor in tensors_of(result):
             if not tensor.is_meta:
                 self.follow(tensor.untyped_storage())

@@ -4,21 +4,13 @@ Contenders take turns, so that a machine that gets slower does so for all of the
 is the median of the ratios of these turns. On a GPU, times are those of device events.
 """
 
-import ctypes
-import json
-import os
-import platform
-import re
 import statistics
 import time
 from collections import Counter
 from dataclasses import dataclass
 from itertools import pairwise
-from pathlib import Path
 
 import torch
-
-from config import UserError
 
 TURNS, LEAST, SECONDS = 15, 3, 60  # at most, at least; no new turn after so many seconds
 
@@ -63,55 +55,36 @@ class Work:
 
 
 def once(run, device):
-    """(what it returns, {phase: seconds}) of one run; after its last mark comes the "rest"."""
+    """{phase: seconds} of one run; after its last mark comes the "rest"."""
     clock = Clock(device)
-    answer = run(clock)
+    run(clock)
     clock.mark("rest")
-    return answer, clock.seconds()
+    return clock.seconds()
 
 
 def take_turns(work, device):
     """{contender: [{phase: seconds} of each turn]}, the first of which is not to be counted.
 
-    It warms up memory, caches and kernels, compiles, and must give the same numbers.
+    It warms up memory, caches and kernels, and compiles.
     """
-    first = {name: once(run, device) for name, run in work.contenders.items()}
-    check_agreement({name: answer for name, (answer, _) in first.items()})
-    turns, start = {name: [seconds] for name, (_, seconds) in first.items()}, time.time()
+    turns = {name: [once(run, device)] for name, run in work.contenders.items()}
+    start = time.time()
     for turn in range(TURNS):
         if turn >= LEAST and time.time() - start > SECONDS:
             break
         for name, run in work.contenders.items():
-            turns[name].append(once(run, device)[1])
+            turns[name].append(once(run, device))
     return turns
 
 
-def check_agreement(answers, tolerance=0.01):
-    """Raise UserError if a contender computes other numbers: then a ratio means nothing.
-
-    answers: {contender: numbers, or None}; the tolerance is relative to the largest of ours.
-    """
-    known = {name: torch.as_tensor(a) for name, a in answers.items() if a is not None}
-    for name, answer in known.items():
-        error = ((answer - known["ours"]).abs().max() / known["ours"].abs().max()).item()
-        if not error <= tolerance:
-            raise UserError(f"{name} computes something else than ours: {error:.2g} apart")
-
-
 def extra_memory(run, device):
-    """Gigabytes that a run needs at its peak beyond what was in use before; None if unknown."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        run(Clock(device))
-        return (torch.cuda.max_memory_allocated() - before) / 1e9
-    if not os.access("/proc/self/clear_refs", os.W_OK):  # Linux only
+    """Gigabytes that a run needs at its peak beyond what was in use before; None but on a GPU."""
+    if device.type != "cuda":
         return None
-    ctypes.CDLL(None).malloc_trim(0)  # freed memory goes back to the system, else it hides the need
-    before = process_memory("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
     run(Clock(device))
-    return (process_memory("VmHWM") - before) / 1e9
+    return (torch.cuda.max_memory_allocated() - before) / 1e9
 
 
 def longest(work, device):
@@ -123,43 +96,25 @@ def longest(work, device):
     return seen.key_averages().table(sort_by=by, row_limit=30, max_name_column_width=80)
 
 
-def process_memory(key):
-    """Bytes of this process: VmRSS now, VmHWM at its peak."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key))
-
-
 def matmul_peak(device, dtype):
     """FLOP/s of a large matrix product: what 100 % of this device would be, in this very run."""
     n = 8192 if device.type == "cuda" else 1536
     x, y = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
-    return 2 * n**3 / min(once(lambda _: torch.mm(x, y), device)[1]["rest"] for _ in range(6))
+    return 2 * n**3 / min(once(lambda _: torch.mm(x, y), device)["rest"] for _ in range(6))
 
 
 # ---- results ------------------------------------------------------------------------------------
 
 
 def measure(work, device, dtype):
-    """A record: what was measured, on what, and a row of figures for each contender."""
+    """What was measured, in figures: a row for each contender, and how near ours is to the peak."""
     turns = take_turns(work, device)
     memory = {name: extra_memory(run, device) for name, run in work.contenders.items()}
-    versions = f"PyTorch {torch.__version__}, Python {platform.python_version()}"
-    setting = f"{versions}, threads: {torch.get_num_threads()}"
-    record = {"title": work.title, "device": product(device), "setting": setting}
-    record["rows"] = rows(work, turns, memory)
+    record = {"rows": rows(work, turns, memory)}
     if work.flops:
-        record["tflops"] = work.flops * record["rows"]["ours"]["rate"] / work.images / 1e12
-        record["share_of_peak"] = record["tflops"] * 1e12 / matmul_peak(device, dtype)
+        rate = work.flops * record["rows"]["ours"]["rate"] / work.images
+        record |= {"tflops": rate / 1e12, "share_of_peak": rate / matmul_peak(device, dtype)}
     return record
-
-
-def product(device):
-    """The name of the GPU; or of the processor, and its widest vector instructions."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    cpuinfo = Path("/proc/cpuinfo")
-    names = re.findall("model name[^:]*: (.*)", cpuinfo.read_text() if cpuinfo.exists() else "")
-    return f"{(names or [platform.machine()])[0]} ({torch.backends.cpu.get_cpu_capability()})"
 
 
 def rows(work, turns, memory):
@@ -207,41 +162,3 @@ def table(record):
         rate, share = record["tflops"], record["share_of_peak"]
         lines += ["", f"ours: {rate:.3g} TFLOP/s, {share:.0%} of the peak"]
     return "\n".join(lines)
-
-
-PAGE = """# Benchmarks
-
-Made by `python -m bench`, from `benchmarks.json` beside this page. Ratios are what to quote:
-absolute figures belong to the machine. Contenders of a table ran in one process and in turns;
-quartiles show the spread. "Extra memory" is the peak of one run above what was in use before it.
-"The peak" is the rate of a large matrix product, measured in the same run; counted are the matrix
-products of a step, without what stochastic depth leaves out. The first run, which may have to
-compile, is apart. `python -m bench gpu --official PATH --to docs` measures all rows for one GPU.
-"""
-
-
-def page(records):
-    """All records as a page; some are a text instead, of figures that came from elsewhere."""
-    parts = [PAGE]
-    for r in records:
-        parts.append(f"## {r['title']}\n")
-        if "text" in r:
-            parts += [*r["text"], ""]
-        else:
-            parts += [f"{r['device']}, {r['setting']}\n", f"    {r['command']}\n", table(r) + "\n"]
-    return "\n".join(parts)
-
-
-def save(record, folder):
-    """Put a record among those of FOLDER/benchmarks.json, and write FOLDER/benchmarks.md anew.
-
-    It takes the place of what the same command gave on this device.
-    """
-    path, new = Path(folder, "benchmarks.json"), (record["command"], record["device"])
-    try:
-        records = json.loads(path.read_text()) if path.exists() else []
-        records = [r for r in records if (r.get("command"), r.get("device")) != new] + [record]
-        path.write_text(json.dumps(records, indent=1) + "\n")
-        path.with_suffix(".md").write_text(page(records))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: {error}; choose another folder with --to") from None

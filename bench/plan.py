@@ -1,18 +1,15 @@
 """What a run will need, before anyone pays for it: memory, communication and time of a step.
 
-usage: python -m bench.plan CONFIG.yaml [gpus=N] [gpu=a100|h100|h200] [key=value ...]
+usage: python -m bench.plan CONFIG.yaml [gpus=N] [gpu=a100|h100|h200|b200|4090] [key=value ...]
 
     python -m bench.plan configs/vitg14.yaml gpus=256
-    python -m bench.plan config.yaml gpu=4090 memory=24 tflops=165 bandwidth=1.0
 
-gpus is the number of processes, one for each GPU. Of another card, say what its data sheet says:
-memory (GiB), tflops (of bf16 matrix products), bandwidth (TB/s of its memory) and, if there are
-several, network (GB/s).
+gpus is the number of processes, one for each GPU. Another card is a line of GPUS below.
 
 No GPU is needed, and no memory: one real training step, by the code of train.py, is run as one rank
 of `gpus`, with PyTorch's fake tensors (which have shapes, but no values) and its fake process group
 (whose collectives send nothing). Each operation is counted as it happens (count.py), so what this
-says is what the code does.
+says is what the code does. It takes 5 to 40 seconds.
 
     weights ... moments   what stays from step to step; under FSDP this rank's part
     activations           the rest of the peak: what forward keeps for backward, gathered weights,
@@ -41,6 +38,7 @@ import torch
 import torch.distributed as dist
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.tensor import DTensor
+from torch.utils._pytree import tree_map_only
 
 import config
 import data
@@ -50,8 +48,8 @@ from augment import batch_masks
 from bench.count import Counter
 from config import UserError
 from dinov2 import ema_update
-from optim import clip_each_part, schedules, set_schedule
-from parallel import check_batch, dtype_of, progress
+from optim import clip_each_part, schedules
+from parallel import check_batch, dtype_of
 
 
 class GPU(NamedTuple):
@@ -60,13 +58,15 @@ class GPU(NamedTuple):
     tflops: float  # bf16 matrix products; fp32 ones run as TF32, at half that rate
     memory: float  # GiB
     bandwidth: float  # TB/s of its memory
-    network: float  # GB/s to other machines: a port of 200 (A100) or 400 Gbit/s for each GPU
+    network: float  # GB/s to other GPUs: a port of 200 or 400 Gbit/s for each, or PCIe (4090)
 
 
 GPUS = {
     "a100": GPU(312, 80, 2.04, 25),
     "h100": GPU(989, 80, 3.35, 50),
     "h200": GPU(989, 141, 4.8, 50),
+    "b200": GPU(2250, 180, 8.0, 50),
+    "4090": GPU(165, 24, 1.01, 25),
 }
 # What the best kernels reach of that: on an H100 775 TFLOP/s and 3.0 TB/s. All kernels of an eager
 # step together took 1.36 times as long as this allows for ViT-L/16, 1.39 times for ViT-g/14, more
@@ -81,11 +81,7 @@ class Plan(NamedTuple):
     """What a training step of one rank takes, in bytes unless it says otherwise."""
 
     parameters: dict  # how many, in each part of the network
-    images: int  # in this rank's share of a step
-    student: int
-    gradients: int
-    moments: int
-    teacher: int
+    stays: dict  # student, gradients, moments, teacher
     peak: int
     sent: dict  # Counter.sent
     operations: list  # Counter.operations
@@ -118,66 +114,53 @@ def filled(parts, device):
     def put(x):
         return torch.zeros_like(x, device=device) if x.is_meta else x.to(device, copy=True)
 
-    return [data.Batch(*map(put, part[:-1]), part.skipped) for part in parts]
+    return tree_map_only(torch.Tensor, put, parts)
+
+
+UNSCALED = torch.amp.GradScaler("cpu", enabled=False)
 
 
 def compute_gradients(cfg, model, teacher, centers, parts):
     """Forward and backward pass of the first step of train.py, without signs of health."""
-    scaler = torch.amp.GradScaler("cpu", enabled=False)
-    run = SimpleNamespace(model=model, teacher=teacher, centers=centers, cfg=cfg, scaler=scaler)
+    run = SimpleNamespace(model=model, teacher=teacher, centers=centers, cfg=cfg, scaler=UNSCALED)
     ask, now = train.own_teacher(run), schedules(0, cfg)
     train.backward([run], ask, parts, now, torch.Generator(), health=False)
 
 
-def update(cfg, student, teacher, optimizer, mark=lambda name: None):
+def update(cfg, student, teacher, optimizer, mark, scaler=UNSCALED, average=ema_update):
     """What follows it, without what is only for people to see; mark(name) ends each phase."""
-    now = schedules(0, cfg)
+    scaler.unscale_(optimizer)
     clip_each_part(student, cfg.optim.clip, cfg.optim.clip_by)
     mark("clipping")
-    set_schedule(optimizer, now)
-    optimizer.step()
+    scaler.step(optimizer)
+    scaler.update()
     optimizer.zero_grad(set_to_none=True)
     mark("optimiser")
-    ema_update(teacher, student, now.momentum)
+    average(teacher, student, schedules(cfg.steps // 2, cfg).momentum)
     mark("EMA")
 
 
-@contextlib.contextmanager
-def pretended(cfg, world, device):
-    """A process group of which only rank 0 exists and which sends nothing; slices of the device."""
-    if cfg.parallel != "none":
-        dist.init_process_group("fake", rank=0, world_size=world)
-    try:
-        with mock.patch.dict(losses.SLICE, cpu=losses.SLICE[device]):
-            yield
-    finally:
-        if cfg.parallel != "none":
-            dist.destroy_process_group()
+def plan_step(cfg, world, device="cuda", by_part=True):
+    """Run train.py's step as rank 0 of `world`, on tensors without memory -> Plan.
 
-
-def plan_step(cfg, world, device="cuda"):
-    """Run train.py's step as rank 0 of `world`, on tensors without memory -> Plan."""
+    by_part   what Counter says of it: with activation checkpointing the peak is counted apart
+    """
     check_batch(cfg, world)
-    plan = count_step(cfg, world, device)
-    if cfg.activation_checkpointing != "none":
-        plan = plan._replace(peak=count_step(cfg, world, device, by_part=False).peak)
-    return plan
-
-
-def count_step(cfg, world, device, by_part=True):
-    """The Plan by one Counter."""
-    parts, bar = empty_parts(cfg, cfg.batch // world), progress(unit=" operations", desc="a step")
+    parts = empty_parts(cfg, cfg.batch // world)
     with contextlib.ExitStack() as stack:
-        stack.enter_context(pretended(cfg, world, device))
+        if cfg.parallel != "none":  # of these processes only the first exists
+            dist.init_process_group("fake", rank=0, world_size=world)
+            stack.callback(dist.destroy_process_group)
+        stack.enter_context(mock.patch.dict(losses.SLICE, cpu=losses.SLICE[device]))
         networks = train.outline(cfg)
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
-        counter = stack.enter_context(Counter(stack.enter_context(bar).update, by_part))
+        counter = stack.enter_context(Counter(by_part))
         with mock.patch.object(train, "materialize", lambda net, cpu, _: net.to_empty(device=cpu)):
             student, teacher, centers, optimizer = train.build(cfg, "cpu", networks)
         # A first update makes the optimiser's moments, and DTensor asks once for the shapes of
         # whole tensors, which in a real step take no memory.
         give_gradients(student)
-        update(cfg, student, teacher, optimizer)
+        update(cfg, student, teacher, optimizer, counter.mark)
         # DDP cannot run without values. What it adds are the buckets in which gradients travel:
         # they stay, and gradients lie in them.
         buckets = give_gradients(student) if cfg.parallel == "ddp" else []
@@ -187,17 +170,17 @@ def count_step(cfg, world, device, by_part=True):
         counter.mark("losses")
         update(cfg, student, teacher, optimizer, counter.mark)
         counter.sent["all-reduce"] += size(buckets)
-        return Plan(
-            {name: sum(p.numel() for p in m.parameters()) for name, m in student.named_children()},
-            cfg.batch // world,
-            student=size(student.parameters()),
-            gradients=size(p for p in student.parameters() if p.requires_grad),
-            moments=size(x for state in optimizer.state.values() for x in state.values()),
-            teacher=size(teacher.parameters()),
-            peak=counter.peak,
-            sent=counter.sent,
-            operations=counter.operations,
-        )
+        stays = {
+            "student": size(student.parameters()),
+            "gradients": size(p for p in student.parameters() if p.requires_grad),
+            "moments": size(x for state in optimizer.state.values() for x in state.values()),
+            "teacher": size(teacher.parameters()),
+        }
+        counts = {n: sum(p.numel() for p in m.parameters()) for n, m in student.named_children()}
+    peak = counter.peak
+    if by_part and cfg.activation_checkpointing != "none":
+        peak = plan_step(cfg, world, device, by_part=False).peak
+    return Plan(counts, stays, peak, counter.sent, counter.operations)
 
 
 def give_gradients(network):
@@ -246,8 +229,7 @@ def gib(size):
 
 def describe(plan, cfg, world, gpu):
     """The plan as text."""
-    stays = {name: getattr(plan, name) for name in ("student", "gradients", "moments", "teacher")}
-    ring = (world - 1) / world
+    images, ring = cfg.batch // world, (world - 1) / world
     sent = {k: v * ring * (2 if k == "all-reduce" else 1) for k, v in plan.sent.items()}
     parts = by_part(plan.operations, gpu)
     network = sum(sent.values()) / (gpu.network * 1e9)
@@ -256,12 +238,12 @@ def describe(plan, cfg, world, gpu):
     fits = "fits" if plan.peak < 0.9 * gpu.memory * 2**30 else "DOES NOT FIT"
     rows = {
         "parameters": ", ".join(f"{k} {v / 1e6:,.2f} M" for k, v in plan.parameters.items()),
-        **{name: gib(size) for name, size in stays.items()},
-        "activations": f"{gib(plan.peak - sum(stays.values()))}, and the rest of the peak",
+        **{name: gib(size) for name, size in plan.stays.items()},
+        "activations": f"{gib(plan.peak - sum(plan.stays.values()))}, and the rest of the peak",
         "peak": f"{gib(plan.peak)} of {gpu.memory:g} GiB: {fits}",
         "sends": ", ".join(f"{k} {readable(v, 'B')}" for k, v in sent.items() if v) or "nothing",
-        "FLOPs": f"{readable(plan.flops / plan.images, 'FLOP')} an image, "
-        f"{readable(plan.flops, 'FLOP')} a GPU and step of {plan.images} images",
+        "FLOPs": f"{readable(plan.flops / images, 'FLOP')} an image, "
+        f"{readable(plan.flops, 'FLOP')} a GPU and step of {images} images",
         "step": f"{step:.3g} s; kernels at least {least:.3g} s, x {SLOWER} as measured on an H100, "
         f"meanwhile network {network:.3g} s at {gpu.network:g} GB/s",
         "run": f"{cfg.batch / step:,.0f} images/s, {cfg.steps:,} steps in "
@@ -277,37 +259,30 @@ def describe(plan, cfg, world, gpu):
     return "\n".join(lines)
 
 
-OPTIONS = {"gpus": 1, "gpu": "a100"} | dict.fromkeys(GPU._fields, math.nan)
-
-
 def arguments(argv):
-    """(config, number of GPUs, GPU, its name) from the command line."""
+    """(config, number of GPUs, name of the GPU) from the command line."""
     path, words = config.main_arguments(argv, __doc__)
-    o, words = config.take_options(words, OPTIONS)
+    o, words = config.take_options(words, {"gpus": 1, "gpu": "a100"}, least={"gpus": 1})
+    if o.gpu not in GPUS:
+        raise UserError(
+            f"gpu={o.gpu} is unknown: use one of {', '.join(GPUS)}, or add it to GPUS in {__file__}"
+        )
     cfg = config.load(path, words)
     cfg.attention, cfg.compile = "sdpa", False
     if cfg.precision == "auto":
         cfg.precision = "bf16"  # what it is on these GPUs
-    given = {key: getattr(o, key) for key in GPU._fields if not math.isnan(getattr(o, key))}
-    for key, value in {"gpus": o.gpus, **given}.items():
-        if value <= 0:
-            raise UserError(f"{key}={value:g} must be above 0")
-    needed = GPU._fields[: 4 if o.gpus > 1 else 3]  # one GPU sends nothing
-    if o.gpu not in GPUS and (missing := [f"{key}=..." for key in needed if key not in given]):
-        known = ", ".join(GPUS)
-        raise UserError(f"gpu={o.gpu} is unknown: use one of {known}, or add {' '.join(missing)}")
-    return cfg, o.gpus, GPUS.get(o.gpu, GPUS["a100"])._replace(**given), o.gpu
+    return cfg, o.gpus, o.gpu
 
 
 @config.report_errors
 def main(argv):
-    cfg, world, gpu, name = arguments(argv)
+    cfg, world, gpu = arguments(argv)
     print(
-        f"{cfg.vit.size}/{cfg.vit.patch}, {world} x {name}, parallel={cfg.parallel}, "
+        f"{cfg.vit.size}/{cfg.vit.patch}, {world} x {gpu}, parallel={cfg.parallel}, "
         f"{cfg.precision}, activation_checkpointing={cfg.activation_checkpointing}",
         flush=True,
     )
-    print(describe(plan_step(cfg, world), cfg, world, gpu))
+    print(describe(plan_step(cfg, world), cfg, world, GPUS[gpu]))
 
 
 if __name__ == "__main__":

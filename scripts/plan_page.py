@@ -19,10 +19,11 @@ import torch
 from torch.profiler import profile
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from benchmarks import product
+
 import config
 import train
 from bench import plan
-from bench.measure import product
 from parallel import process_group, ranks, replicate
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -57,7 +58,7 @@ def real_peak(cfg, device):
         model, parts = replicate(student, cfg), plan.filled(plan.empty_parts(cfg, images), device)
         for _ in range(2):
             plan.compute_gradients(cfg, model, teacher, centers, parts)
-            plan.update(cfg, student, teacher, optimizer)
+            plan.update(cfg, student, teacher, optimizer, mark=lambda name: None)
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     changes = [e for e in seen.profiler.kineto_results.events() if e.name() == "[memory]"]
@@ -92,15 +93,15 @@ def row_for_real(world, parallel, checkpointing):
 
 def row_of_plan(words):
     """What the plan says of a large set-up."""
-    cfg, world, gpu, _ = plan.arguments(words.split())
+    cfg, world, gpu = plan.arguments(words.split())
     made = plan.plan_step(cfg, world)
     sent = sum(size * (2 if kind == "all-reduce" else 1) for kind, size in made.sent.items())
-    least = plan.by_part(made.operations, gpu)["all"][2]
+    least = plan.by_part(made.operations, plan.GPUS[gpu])["all"][2]
     cells = (
         f"`python -m bench.plan {words}`",
         plan.gib(made.peak),
         plan.readable(sent * (world - 1) / world, "B"),
-        plan.readable(made.flops / made.images, "FLOP"),
+        plan.readable(made.flops / (cfg.batch // world), "FLOP"),
         f"{least * plan.SLOWER:.2f} s",
     )
     return f"| {' | '.join(cells)} |"
@@ -108,10 +109,10 @@ def row_of_plan(words):
 
 def row_of_gpu(name, words, rate, memory, bound):
     """Counted beside measured, on an H100."""
-    cfg, _, gpu, _ = plan.arguments([*words.split(), "parallel=none", "gpu=h100"])
+    cfg = plan.arguments([*words.split(), "parallel=none"])[0]
     made = plan.plan_step(cfg, 1)
-    moved, _, least = plan.by_part(made.operations, gpu)["all"]
-    beyond = (made.peak - made.student - made.moments - made.teacher) / 1e9
+    moved, _, least = plan.by_part(made.operations, plan.GPUS["h100"])["all"]
+    beyond = (made.peak - sum(made.stays.values()) + made.stays["gradients"]) / 1e9
     cells = (
         f"{name}, {cfg.batch} images",
         plan.readable(moved, "B"),

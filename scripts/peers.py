@@ -1,4 +1,4 @@
-"""What bench/ compares us with: the official code, LightlySSL.
+"""What benchmarks.py compares us with: the official code, LightlySSL.
 
     official   a checkout of github.com/facebookresearch/dinov2, by --official PATH
     lightly    the step of examples/pytorch/dinov2.py in github.com/lightly-ai/lightly, with the
