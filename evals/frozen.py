@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save
 import config
 from config import UserError, writing
 from images import evaluation
-from images.held_out import Part
+from images.evaluation import Part
 from images.index import stamps
 from images.sources import read_or_next
 from parallel import (

@@ -54,8 +54,7 @@ from evals.frozen import (
 )
 from evals.logistic import logistic_path, penalties
 from evals.probe import Candidates, Probe, accuracies
-from images.evaluation import normalised
-from images.held_out import Part, divide
+from images.evaluation import Part, divide, normalised
 from images.sources import by_workers, read_or_next
 from parallel import dtype_of, process_group, progress, ranks
 

@@ -18,6 +18,7 @@ import sys
 import tarfile
 from collections import Counter
 from functools import partial
+from itertools import chain
 from pathlib import Path, PurePosixPath
 
 import numpy as np
@@ -25,7 +26,6 @@ from PIL import Image
 
 import config
 from config import UserError
-from data import Order
 from images.evaluation import resize
 from images.reader import reason
 from images.sources import Files, by_workers, counts, most_damaged, open_source, split_folder
@@ -67,9 +67,8 @@ def show_classes(source):
         return
     named = [f"{name} {n:,}" for name, n in zip(source.classes, count, strict=True)]
     named = named[:20] + ["..."] * (len(named) > 20)
-    print(
-        f"classes   {len(count):,} of {min(count):,} to {max(count):,} images: {', '.join(named)}"
-    )
+    sizes = f"{min(count):,} to {max(count):,} images"
+    print(f"classes   {len(count):,} of {sizes}: {', '.join(named)}")
     if none:
         print(f"          {none:,} images without a class")
 
@@ -94,8 +93,8 @@ def show_stats(cfg, options):
     if source.left_out:
         print(f"left out  {counts(source.left_out)}")
     show_classes(source)
-    n, order = min(options.limit or len(source), len(source)), Order(len(source), seed=0)
-    numbers = sorted(order[p] for p in range(n))
+    numbers = np.random.default_rng(0).permutation(len(source))[: options.limit or len(source)]
+    numbers = np.sort(numbers).tolist()
     results = list(in_workers(partial(measure, source), numbers, cfg, "measuring"))
     damaged = [result for result in results if isinstance(result, str)]
     good = [result for result in results if not isinstance(result, str)]
@@ -106,10 +105,10 @@ def show_stats(cfg, options):
         low, middle, high = np.quantile(sides, (0, 0.5, 1)).astype(int)
         print(f"values    {', '.join(f'{n:,} {kind}' for kind, n in Counter(kinds).items())}")
         print(f"size      shorter side {low} to {high} px, median {middle}")
-        print(f"channels  data.channels={len(mean)}")
-        print(f"colour    data.mean={mean.round(4).tolist()} data.std={std.round(4).tolist()}")
+        print(f"colour    data.channels={len(mean)}", end=" ")
+        print(f"data.mean={mean.round(4).tolist()} data.std={std.round(4).tolist()}")
     print(f"damaged   {len(damaged):,}", *damaged, sep="\n          ")
-    if len(damaged) > most_damaged(cfg, n):
+    if len(damaged) > most_damaged(cfg, len(numbers)):
         print(f"a run would stop: that is more than data.max_damaged={cfg.data.max_damaged:g}")
 
 
@@ -135,26 +134,18 @@ def show_pack(cfg, options):
         for start in range(0, len(source), options.per_shard):
             path = folder / f"{start // options.per_shard:06d}.tar"
             numbers = range(start, min(start + options.per_shard, len(source)))
-            task = partial(sample, source, options.short)
-            pack(path, in_workers(task, numbers, cfg, path.name))
+            samples = in_workers(partial(sample, source, options.short), numbers, cfg, path.name)
+            with tarfile.open(path, "w") as tar:
+                for name, data in chain.from_iterable(samples):
+                    info = tarfile.TarInfo(name)
+                    info.size = len(data)
+                    tar.addfile(info, io.BytesIO(data))
     packed = len(open_source(folder, cfg))
     print(f"{packed:,} of {len(source):,} images in {folder}; train with data.root={folder}")
 
 
-def pack(path, samples):
-    with tarfile.open(path, "w") as tar:
-        for found in samples:
-            if isinstance(found, str):
-                warn(f"left out, damaged: {found}")
-                continue
-            for name, data in found:
-                info = tarfile.TarInfo(name)
-                info.size = len(data)
-                tar.addfile(info, io.BytesIO(data))
-
-
 def sample(source, short, i):
-    """[(name in the shard, bytes)] of an image and its class; one line if it is damaged."""
+    """[(name in the shard, bytes)] of an image and its class; none, and a warning, if damaged."""
     path = PurePosixPath(source.name(i))
     folders = [part for part in path.parts[:-1] if part not in ("/", "..")]
     # The key of a sample ends at the first dot. The number keeps a.jpg and a.png apart.
@@ -165,7 +156,8 @@ def sample(source, short, i):
         if short and min((image := source.read(i)).shape[:2]) > short:
             ending, data = shrunk(image, short, jpeg=ending in (".jpg", ".jpeg", ".jfif"))
     except Exception as error:
-        return f"{path}: {reason(error)}"
+        warn(f"left out, damaged: {path}: {reason(error)}")
+        return []
     label = [(f"{key}.cls", os.fsencode(source.classes[c]))] if c >= 0 else []
     return [(key + ending, data), *label]
 
@@ -181,9 +173,6 @@ def shrunk(image, short, jpeg):
         return ".jpg", file.getvalue()
     picture.save(file, "PNG")
     return ".png", file.getvalue()
-
-
-# ---- show ---------------------------------------------------------------------------------------
 
 
 def show_crops(cfg, options):

@@ -49,8 +49,6 @@ OPTIONS = {
     "threshold": 0.6, "likeness": 0.9, "device": "auto", "workers": 0,
 }  # fmt: skip
 
-# ---- retrieval ----------------------------------------------------------------------------------
-
 
 def retrieve(query_MD, base_ND, keep):
     """{image of the base: the curated image that it was chosen for}.
@@ -65,9 +63,6 @@ def retrieve(query_MD, base_ND, keep):
         if has[query] < keep and image not in chosen:
             chosen[image], has[query] = query, has[query] + 1
     return chosen
-
-
-# ---- images -------------------------------------------------------------------------------------
 
 
 class Pictures:
@@ -155,7 +150,6 @@ def curate(pool, curated, against, o):
 
 def draw_sheet(pool, fate, path, columns=12):
     """For each fate a row of images, and above each the one because of which it is so."""
-    words = {KEPT: "the curated image", COPY: "the one that stays", SEEN: "the evaluation image"}
     blank, rows = np.full((S, S, 3), 255, np.uint8), []
     for kind in FATES[:-1]:  # the damaged cannot be shown
         found = [i for i, f in enumerate(fate) if f.kind == kind]
@@ -163,7 +157,7 @@ def draw_sheet(pool, fate, path, columns=12):
         rest, title = [blank] * (columns - len(shown)), f"{kind}: {len(found):,} images"
         if found and fate[found[0]].images:
             above = [fate[i].images.thumbs[fate[i].at] for i in shown]
-            rows.append(([f"{title}, {words[kind]} above"], above + rest, None))
+            rows.append(([f"{title}, because of those above"], above + rest, None))
             title = ""
         if found:
             rows.append(([title], [pool.thumbs[i] for i in shown] + rest, None))

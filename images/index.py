@@ -26,7 +26,6 @@ from parallel import progress, warn_once
 
 # Folders that storage and operating systems leave behind: previews, and what was thrown away.
 JUNK = {"@eaDir", "__MACOSX", "#recycle", "$RECYCLE.BIN", "System Volume Information", "lost+found"}
-BESIDE = (".json", ".txt")  # what shards hold beside images and classes
 KINDS = ("uint8", "uint16", "int16", "float16", "float32", "float64")  # of arrays
 
 
@@ -76,9 +75,6 @@ def stamps(paths):
     return [[f(p) for f in about] if os.path.exists(p) else [0, 0] for p in paths]
 
 
-# ---- folders ------------------------------------------------------------------------------------
-
-
 def index_folder(root):
     """All images below a folder, always in one order. Classes are its first-level sub-folders."""
     root, found, seen, left_out = os.fspath(root), [], set(), Counter()
@@ -107,42 +103,28 @@ def index_folder(root):
     return make_index(found, classes_of, left_out)
 
 
-# ---- lists --------------------------------------------------------------------------------------
-
-
 def index_list(path):
-    """A .txt (path), .tsv or .csv (path, label) with one image a line.
-
-    A first line that says `path` names the columns, of which `path` and `label` are used.
-    """
+    """A .txt (path), .tsv or .csv (path, label) with one image a line; a first line may say so."""
     separator = {".csv": ",", ".tsv": "\t"}.get(path.suffix.lower())
+    form = f"path{separator}label" if separator else "path"
     try:
         lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
     except UnicodeDecodeError:
         raise UserError(f"{path}: not a list in plain text; save it as UTF-8") from None
     rows = csv.reader(lines, delimiter=separator) if separator else ([line] for line in lines)
-    names, classes_of, columns = [], [], (0, 1)
+    names, classes_of = [], []
     for number, row in enumerate(rows, 1):
-        row = [cell.strip() for cell in row]
-        if number == 1 and "path" in (titles := [cell.lower() for cell in row]):
-            columns = [titles.index(t) if t in titles else len(row) for t in ("path", "label")]
-            if len(row) > 1 and "label" not in titles:
-                warn_once(f"{path}: no column is called `label`, so no image has a class")
-        elif any(row):
-            name, label = (row[c] if c < len(row) else "" for c in columns)
+        if len(row) > 2:
+            raise UserError(f"{path}, line {number}: {len(row)} columns; a line is {form}")
+        name, label = (cell.strip() for cell in [*row, "", ""][:2])
+        if (name or label) and name.lower() != "path":
             names.append(name)
             classes_of.append(known(label))
     for name in names[:1000]:  # asking for each of millions would take minutes on a network disk
         if not os.path.isfile(path.parent / name):
-            line = f"path{separator}label" if separator else "path"
-            fix = f"a line is {line}, and paths are relative to {path.parent}/"
+            fix = f"a line is {form}, and paths are relative to {path.parent}/"
             raise UserError(f"{path}: {name} does not exist; {fix}")
     return make_index(names, classes_of)
-
-
-# ---- arrays -------------------------------------------------------------------------------------
 
 
 def index_array(path):
@@ -164,15 +146,13 @@ def index_array(path):
     images = images if images.ndim == 4 else images[..., None]
     if labels is None:
         return images, make_index([], [""] * len(images))
-    if labels.size != len(images) or labels.dtype.kind not in "biuSU":
+    n = len(images)
+    if labels.shape not in ((n,), (n, 1)) or labels.dtype.kind not in "biuSU":
         fix = "give each image one whole number or word"
         raise UserError(f"{path}: holds {held}; {fix}")
     words = map(known, labels.ravel().astype(str))
     signed = labels.dtype.kind == "i"  # below zero: no class
     return images, make_index([], ["" if signed and w.startswith("-") else w for w in words])
-
-
-# ---- shards -------------------------------------------------------------------------------------
 
 
 def index_shards(paths):
@@ -188,23 +168,39 @@ def index_shards(paths):
 
 
 def read_shard(path, left_out):
-    """[(name, class, offset, size)] of the images in one tar file. Nothing is ever extracted."""
+    """[(name, class, offset, size)] of the images in one tar file. Nothing is ever extracted.
+
+    A tar can hold members that leave the folder it is extracted to, or that are links and devices.
+    They have no business among images: a shard with one is refused as a whole.
+    """
     images, class_of, seen = [], {}, set()
-    for name, offset, size in members(path):
-        if name in seen:  # one would take the label of the other
-            raise UserError(f"{path}: {name} is in it twice; give every sample a name of its own")
-        seen.add(name)
-        stem, ending = os.path.splitext(name)
-        if ending.lower() == ".cls":
-            with open(path, "rb") as file:
-                file.seek(offset)
-                class_of[stem] = known(os.fsdecode(file.read(min(size, 1000))))
-        elif name.rpartition("/")[2].startswith("."):
-            continue
-        elif name.lower().endswith(EXTENSIONS):
-            images.append((name, offset, size))
-        elif ending.lower() not in BESIDE:
-            left_out[kind_of(name)] += 1
+    try:
+        with tarfile.open(path, "r:") as tar, open(path, "rb") as file:
+            while (member := tar.next()) is not None:
+                tar.members.clear()  # it would keep a kilobyte for each
+                name, parts = member.name, PurePosixPath(member.name)
+                if parts.is_absolute() or ".." in parts.parts or "\\" in name:
+                    raise UserError(f"{path}: refused, {name!r} leads out of the shard")
+                if not (member.isreg() or member.isdir()) or member.issparse():
+                    raise UserError(f"{path}: refused, {name!r} is a link or a device")
+                if member.isdir() or parts.name.startswith("."):
+                    continue
+                if name in seen:  # one would take the label of the other
+                    raise UserError(f"{path}: {name} is in it twice; give each sample its own name")
+                seen.add(name)
+                stem, ending = os.path.splitext(name)
+                if ending.lower() == ".cls":
+                    file.seek(member.offset_data)
+                    class_of[stem] = known(os.fsdecode(file.read(min(member.size, 1000))))
+                elif name.lower().endswith(EXTENSIONS):
+                    images.append((name, member.offset_data, member.size))
+                else:
+                    left_out[kind_of(name)] += 1
+            file.seek(tar.offset)
+            if file.read(512) != bytes(512):  # a whole tar ends in empty blocks
+                raise tarfile.ReadError("its end is missing")
+    except tarfile.ReadError as error:
+        raise UserError(f"{path}: truncated, or not an uncompressed tar ({error})") from None
     return [(name, class_in_shard(name, class_of), *place) for name, *place in images]
 
 
@@ -213,30 +209,3 @@ def class_in_shard(name, class_of):
     folder, slash, file = name.rpartition("/")
     first_dot = f"{folder}{slash}{file.partition('.')[0]}"
     return class_of.get(os.path.splitext(name)[0], class_of.get(first_dot, ""))
-
-
-def members(path):
-    """(name, offset, size) of the files in a tar.
-
-    A tar can hold members that leave the folder it is extracted to, or that are links and devices.
-    They have no business among images: a shard with one is refused as a whole.
-    """
-    try:
-        with tarfile.open(path, "r:") as tar, open(path, "rb") as file:
-            while (member := tar.next()) is not None:
-                tar.members.clear()  # it would keep a kilobyte for each
-                name = PurePosixPath(member.name)
-                if name.is_absolute() or ".." in name.parts or "\\" in member.name:
-                    raise UserError(f"{path}: refused, {member.name!r} leads out of the shard")
-                if member.isdir():
-                    continue
-                if not member.isreg() or member.issparse():
-                    raise UserError(f"{path}: refused, {member.name!r} is a link or a device")
-                yield member.name, member.offset_data, member.size
-            file.seek(tar.offset)
-            if file.read(512) != bytes(512):  # a whole tar ends in empty blocks
-                raise tarfile.ReadError("its end is missing")
-    except tarfile.ReadError as error:
-        raise UserError(f"{path}: truncated, or not an uncompressed tar ({error})") from None
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from None

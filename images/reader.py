@@ -24,9 +24,9 @@ FORMATS = (
     "JPEG", "MPO", "PNG", "WEBP", "TIFF", "BMP", "DIB", "GIF", "PPM", "JPEG2000", "AVIF", "HEIF",
     "QOI", "PCX", "TGA",
 )  # fmt: skip
-PICTURES = tuple(sorted(e for e, kind in Image.registered_extensions().items() if kind in FORMATS))
+EXTENSIONS = tuple(e for e, kind in Image.registered_extensions().items() if kind in FORMATS)
+EXTENSIONS += (".npy",)  # an array (H, W, C) holds what no picture format can
 FORMATS = tuple(kind for kind in FORMATS if kind in Image.OPEN)  # MPO is opened as JPEG
-EXTENSIONS = (*PICTURES, ".npy")  # an array (H, W, C) holds what no picture format can
 MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
 BITS, PHOTOMETRIC, EXTRA, SIGN = 258, 262, 338, 339  # tags of a TIFF
 
@@ -83,10 +83,10 @@ def reason(error):
     return " ".join(str(getattr(error, "strerror", None) or error).split()) or type(error).__name__
 
 
-def other_channels(found, channels, where=""):
+def other_channels(found, channels):
     """What to say of an image that has `found` channels."""
     fix = f"set data.channels={found}, with as many numbers in data.mean and data.std"
-    return f"{found} channels{where}, but data.channels={channels}: {fix}"
+    return f"{found} channels, but data.channels={channels}: {fix}"
 
 
 def check_size(width, height, max_pixels):
@@ -119,9 +119,6 @@ def fit(pixels, channels):
     if found != channels and (found, channels) != (1, 3):
         raise ValueError(other_channels(found, channels))
     return pixels if found == channels else pixels.repeat(3, axis=2)
-
-
-# ---- what Pillow alone would cut down -----------------------------------------------------------
 
 
 def rounds(image, data):

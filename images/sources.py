@@ -65,9 +65,6 @@ def counts(left_out):
     return ", ".join(f"{n:,} {kind}" for kind, n in left_out.items())
 
 
-# ---- sources ------------------------------------------------------------------------------------
-
-
 class Source:
     """What arrays and files share."""
 
@@ -190,20 +187,17 @@ def open_source(root, cfg, split="train", key="data.root"):
         source = open_synthetic(split or "train", cfg.data.synthetic_images)
     else:
         source = open_files(split_folder(root, split), cfg, key)
-    if isinstance(source, Arrays) and source.images.shape[3] != channels:
-        shape = source.images.shape
-        fix = other_channels(shape[3], channels, f" in {shape}")
-        if shape[1] == channels:
-            fix = f"{shape}: channels come last, save it as images.transpose(0, 2, 3, 1)"
-        raise UserError(f"{root}: {fix}")
+    if isinstance(source, Arrays) and (shape := source.images.shape)[3] != channels:
+        last = "channels come last: save it as images.transpose(0, 2, 3, 1)"
+        fix = last if shape[1] == channels else other_channels(shape[3], channels)
+        raise UserError(f"{root}: {shape}: {fix}")
     if channels == 3 and (cfg.augment.jitter or any(cfg.augment.solarize)):
         pixels, *_ = read_or_next(source, 0)
         low, high = pixels.min(), pixels.max()
         if low < 0 or (high > 1 and pixels.dtype.kind == "f"):
-            warn_once(
-                f"{root}: values from {low:g} to {high:g}, of which changes of colour keep 0 to 1: "
-                "divide them, or set augment.jitter=0 and augment.solarize=[0,0,0]"
-            )
+            found = f"values from {low:g} to {high:g}, of which changes of colour keep 0 to 1"
+            fix = "divide them, or set augment.jitter=0 and augment.solarize=[0,0,0]"
+            warn_once(f"{root}: {found}: {fix}")
     return source
 
 

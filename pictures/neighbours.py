@@ -13,8 +13,7 @@ import torch.nn.functional as F
 from PIL import ImageOps
 
 from evals.frozen import untrained
-from images.evaluation import DAMAGED, evaluation_batches
-from images.held_out import Part
+from images.evaluation import DAMAGED, Part, evaluation_batches
 from images.sources import read_or_next
 from parallel import progress
 from pictures import sheets

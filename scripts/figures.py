@@ -280,7 +280,7 @@ def many_gpus():
 def neighbours(run):
     """The nearest training images of a few test images: by pixels, untrained, trained."""
     from eval_knn import RawPixels, extract_features
-    from images.held_out import Part
+    from images.evaluation import Part
     from parallel import materialize
     from weights.load import load_backbone
 

@@ -17,8 +17,7 @@ import data
 from config import Config, UserError
 from data import Order, loader
 from images import evaluation
-from images.evaluation import evaluation_batches, evaluation_images, labelled_images
-from images.held_out import divide
+from images.evaluation import divide, evaluation_batches, evaluation_images, labelled_images
 from images.sources import Arrays, open_source
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
@@ -271,11 +270,12 @@ def test_parts_of_a_data_set_do_not_pass_for_classes(tmp_path, capsys):
     [
         ("val", "no labelled test image; it needs a folder for each class"),
         ("val/cow", "no training image of class cow; it needs a folder for each class, named as"),
+        ("val/empty/empty", "val: no images in it; left out: nothing"),
     ],
 )
 def test_held_out_images_that_do_not_fit_stop_no_training(tmp_path, capsys, odd, expected):
     for name in ["train/cat", "train/dog", odd]:
-        write_images(tmp_path / name, count=3)
+        write_images(tmp_path / name, count=0 if "empty" in name else 3)
     cfg = tiny_config(root=str(tmp_path))
     with pytest.raises(UserError, match=expected):
         labelled_images(cfg)
@@ -324,5 +324,6 @@ def test_a_folder_of_its_own_can_be_held_out(tmp_path):
     cfg.data.val = str(tmp_path / "other")
     assert [len(s) for s in evaluation_images(cfg)] == [4, 2]
     cfg.data.val = str(tmp_path / "odd")
-    with pytest.raises(UserError, match="odd: no training image of class cow"):
-        labelled_images(cfg)
+    for compared in (labelled_images, evaluation_images):  # what was named must fit
+        with pytest.raises(UserError, match="odd: no training image of class cow"):
+            compared(cfg)

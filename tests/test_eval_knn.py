@@ -21,7 +21,7 @@ from eval_knn import draw, few_shot, knn_probabilities, top_accuracy
 from evals import frozen
 from evals.frozen import cached_features, fingerprint
 from images import __main__ as prepare
-from images.held_out import Part
+from images.evaluation import Part
 from images.sources import Arrays, open_source
 from vit import VisionTransformer
 from weights import export

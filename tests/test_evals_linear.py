@@ -27,7 +27,7 @@ from evals import probe
 from evals.classifier import Classifier, features
 from evals.logistic import logistic_path, objective, penalties
 from evals.probe import Candidates, Probe, feature_sets
-from images.held_out import divide
+from images.evaluation import divide
 from images.sources import Arrays
 from pictures import __main__ as pictures
 from vit import VisionTransformer, build_backbone

@@ -212,9 +212,9 @@ FOUR = np.zeros((4, 8, 8, 3), np.uint8)
 @pytest.mark.parametrize(
     ("arrays", "message"),
     [
-        ({"images": FOUR.transpose(0, 3, 1, 2)}, r"channels come last, save it as .*transpose"),
-        ({"images": FOUR[..., :2]}, r"2 channels .* but data\.channels=3: set data"),
-        ({"images": np.zeros((9, 8, 3))}, r"1 channels in \(9, 8, 3, 1\), but"),
+        ({"images": FOUR.transpose(0, 3, 1, 2)}, r"channels come last: save it as .*transpose"),
+        ({"images": FOUR[..., :2]}, r"2\): 2 channels, but data\.channels=3: set data"),
+        ({"images": np.zeros((9, 8, 3))}, r"\(9, 8, 3, 1\): 1 channels, but"),
         ({"images": FOUR, "labels": np.zeros(3, int)}, r"labels int64 \(3,\); give each image one"),
         ({"images": FOUR, "labels": np.eye(4)}, r"labels float64 \(4, 4\); give each image one"),
         ({"images": FOUR, "labels": np.ones(4)}, "one whole number or word"),
