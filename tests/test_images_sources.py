@@ -218,6 +218,7 @@ FOUR = np.zeros((4, 8, 8, 3), np.uint8)
         ({"images": FOUR, "labels": np.zeros(3, int)}, r"labels int64 \(3,\); give each image one"),
         ({"images": FOUR, "labels": np.eye(4)}, r"labels float64 \(4, 4\); give each image one"),
         ({"images": FOUR, "labels": np.ones(4)}, "one whole number or word"),
+        ({"images": FOUR, "labels": np.zeros((2, 2), int)}, "one whole number or word"),
         ({"images": FOUR, "labels": np.array(["a"] * 4, object)}, r"\.astype\(str\)"),
         ({"images": FOUR, "y": np.zeros(4)}, "holds images .* y .* expected `images` .* `labels`"),
         ({"x": FOUR}, r"holds x uint8 \(4, 8, 8, 3\); expected `images`"),
