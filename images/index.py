@@ -112,12 +112,14 @@ def index_list(path):
     except UnicodeDecodeError:
         raise UserError(f"{path}: not a list in plain text; save it as UTF-8") from None
     rows = csv.reader(lines, delimiter=separator) if separator else ([line] for line in lines)
-    names, classes_of = [], []
+    names, classes_of, class_of = [], [], {}
     for number, row in enumerate(rows, 1):
         if len(row) > 2:
             raise UserError(f"{path}, line {number}: {len(row)} columns; a line is {form}")
         name, label = (cell.strip() for cell in [*row, "", ""][:2])
         if (name or label) and name.lower() != "path":
+            if class_of.setdefault(name, label) != label:
+                raise UserError(f"{path}, line {number}: {name} has another label further up")
             names.append(name)
             classes_of.append(known(label))
     for name in names[:1000]:  # asking for each of millions would take minutes on a network disk

@@ -87,6 +87,7 @@ def test_lists_give_paths_and_labels(tmp_path, name, text, classes, labels, enco
 @pytest.mark.parametrize(
     ("data", "message"),
     [
+        (b"a.jpg,cat\na.jpg,dog\n", "line 2: a.jpg has another label further up"),
         (b"a.jpg,cat\n,dog\n", " does not exist; a line is path,label"),
         (b"b.jpg\n", "b.jpg does not exist; a line is path,label, and paths are relative to"),
         (b"a.jpg,cat,dog\n", "line 1: 3 columns; a line is path,label"),
