@@ -24,7 +24,6 @@ import torch.nn.functional as F
 import config
 from config import UserError
 from evals import frozen
-from evals.frozen import cached_features
 from parallel import process_group, ranks, without_tf32
 
 NEIGHBOURS = (10, 20, 100, 200)
@@ -145,24 +144,19 @@ def draw(label_N, n, seed):
     return torch.cat(rows)
 
 
-def evaluate(
-    backbone, sources, cfg, device, neighbours=(), per_class=(), tries=5, cache="", say=None
-):
+def evaluate(backbone, sources, cfg, device, neighbours=(), per_class=(), tries=5, say=None):
     """k-NN accuracy in percent: {"knn_10": .., "knn_20": .., "knn_10_top5": .., ...}.
 
     sources     (labelled training images, test images)
     neighbours  (): those of the official protocol of which there are so many training images
     per_class   also few-shot with so many images of each class, and `tries` draws
-    cache       folder that keeps the features
     say         is told the number of images: damaged ones are left out
     Raises UserError with fewer than two classes, or if k is larger than the number of images.
     """
 
-    cache = cache if hasattr(backbone, "blocks") else ""  # pixels need more space than images
-
     def features(source, what):
         more = backbone, source, cfg, device, f"k-NN, {what} images"
-        x_ND, label_N = cached_features(cache, extract_features, *more)
+        x_ND, label_N = extract_features(*more)
         frozen.tell_damaged(source, label_N)
         return x_ND[label_N >= 0], label_N[label_N >= 0]
 
@@ -199,12 +193,11 @@ dinov2_vitb14_reg, ...). Options:
   k=10,20          neighbours; default 10,20,100,200
   per_class=1,5    few-shot: also with so many training images of each class,
   tries=5          drawn anew so often: mean and standard deviation
-  cache=FOLDER     keep the features there, and use them again
   --floors         also an untrained network, and the raw pixels, normalised as for a network
 Keys override the config of the run (a released network has crops.global_size=224, precision=fp32):
   python eval_knn.py runs/default data.root=/photos data.val=/other/photos precision=fp32
 """
-OPTIONS = {"k": "", "per_class": "", "tries": 5, "cache": ""}
+OPTIONS = {"k": "", "per_class": "", "tries": 5}
 FLOORS = {"this network": "", "untrained network": "_random", "raw pixels": "_pixels"}
 
 
@@ -245,9 +238,7 @@ def main(argv):
         networks = backbone.to(device), frozen.untrained(backbone, cfg.seed), RawPixels()
         for title, network in list(zip(FLOORS, networks, strict=True))[: 3 if floors else 1]:
             options["say"] = print if first and not columns else None
-            columns[title] = evaluate(
-                network, sources, cfg, device, tries=o.tries, cache=o.cache, **options
-            )
+            columns[title] = evaluate(network, sources, cfg, device, tries=o.tries, **options)
     if first:
         print("\n".join(line.rstrip() for line in table(columns)))
         if Path(run).is_dir():

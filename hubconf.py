@@ -19,14 +19,13 @@ from weights.plain import plain as _plain
 
 dependencies = ["torch", "numpy", "yaml", "tqdm", "safetensors"]
 _SIZES = {"s": "small", "b": "base", "l": "large", "g": "giant2"}
-# Keyword of the official constructor: ours. (interpolate_* and drop_path_uniform are the same.)
+# Keyword of the official constructor: ours. (interpolate_* are the same.)
 _OPTIONS = {
     "img_size": "image_size",
     "patch_size": "patch",
     "in_chans": "channels",
     "num_register_tokens": "registers",
     "init_values": "layerscale",
-    "drop_path_rate": "drop_path",
     "ffn_layer": "ffn",
 }
 
@@ -34,8 +33,8 @@ _OPTIONS = {
 def _entry_point(name):
     size, registers = _SIZES[name[len("dinov2_vit")]], 4 if name.endswith("_reg") else 0
 
-    # Differs from the official code, which returns the network in training mode: in eval mode
-    # stochastic depth, if asked for, waits for .train(); without it both compute the same.
+    # Differs from the official code, which returns the network in training mode: without stochastic
+    # depth, which is not built here, both compute the same.
     def load(*, pretrained=True, weights="LVD142M", block_chunks=0, **options):
         if block_chunks:
             raise _UserError(f"{name}: block_chunks={block_chunks} is not built here, but 0")

@@ -1,6 +1,6 @@
 """What every evaluation shares: labelled images, a frozen network, and its features of them.
 
-Used by eval_knn.py and by the programs of this folder.
+Used by eval_knn.py and the programs of this folder; features that are kept, by images.curate.
 
 Shapes:  N images   B images of a batch   D features of an image   C, H, W an image
 """
@@ -17,14 +17,12 @@ from safetensors.torch import load_file, save
 import config
 from config import UserError, writing
 from images import evaluation
-from images.evaluation import Part
 from images.index import stamps
 from images.sources import read_or_next
 from parallel import (
     counted,
     dtype_of,
     gather_from_ranks,
-    lists_of_ranks,
     progress,
     ranks,
     warn_once,
@@ -32,7 +30,6 @@ from parallel import (
 from vit import SIZES, assign
 from weights.load import beyond_shapes, load_backbone
 
-CHUNK = 4096  # images whose features are kept in one file
 FEW = 100  # test images; below, one of them is more than a point
 KEYS = ("data.", "crops.global_size", "precision", "device")  # what --help explains of a config
 
@@ -146,34 +143,22 @@ def tally(train, test, classes):
 # ---- features that are kept ----------------------------------------------------------------------
 
 
-def cached_features(folder, extract, backbone, source, cfg, device, what, keep=None):
-    """(features, labels) of extract(backbone, source, ...), from this folder or put there.
+def cached_features(folder, extract, backbone, source, cfg, device, what):
+    """What extract(backbone, source, ...) gives, two tensors, from this folder or put there.
 
-    In it is a folder that is named after everything that they depend on, so that they are never
-    used for another network, data set or size, with a file for each CHUNK of images: what was
-    interrupted goes on. Without a folder they are not kept.
+    The file is named after everything that they depend on, so that they are never used for another
+    network, data set or size.
     """
-    if not folder:
-        return extract(backbone, source, cfg, device, what, keep)
-    folder, found = Path(folder, fingerprint(backbone, source, cfg)), []
-    for start in range(0, len(source), CHUNK):
-        path = folder / f"{start:010}.safetensors"
-        if all(lists_of_ranks([path.exists()])):  # ranks agree: extracting is work for all of them
-            parts = load_file(path)
-            found.append((parts["features"], parts["labels"]))
-            continue
-        part = Part(source, range(start, min(start + CHUNK, len(source))))
-        title = f"{what} ({start:,} of {len(source):,} done)" if start else what
-        features, labels = (x.cpu() for x in extract(backbone, part, cfg, device, title, "cpu"))
-        if ranks()[0] == 0:
-            aside = path.with_suffix(".part")  # what is interrupted leaves no half file
-            with writing(path):
-                folder.mkdir(parents=True, exist_ok=True)
-                aside.write_bytes(save({"features": features.contiguous(), "labels": labels}))
-                os.replace(aside, path)
-        found.append((features, labels))
-    features, labels = zip(*found, strict=True)
-    return tuple(torch.cat(parts).to(keep or device) for parts in (features, labels))
+    path = Path(folder, f"{fingerprint(backbone, source, cfg)}.safetensors")
+    if not path.exists():
+        features, more = extract(backbone, source, cfg, device, what)
+        aside = path.with_suffix(".part")  # what is interrupted leaves no half file
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            aside.write_bytes(save({"features": features.cpu(), "more": more.cpu()}))
+            os.replace(aside, path)
+    found = load_file(path)
+    return found["features"], found["more"]
 
 
 def fingerprint(backbone, source, cfg):
@@ -191,10 +176,7 @@ def source_words(source):
     """Whatever changes when the images of a source do: labels, names, sizes and times of files."""
     yield source.classes
     yield hashlib.sha256(np.asarray(source.labels, np.int64).tobytes()).hexdigest()
-    if isinstance(source, Part):
-        yield hashlib.sha256(np.asarray(source.indices, np.int64).tobytes()).hexdigest()
-        yield from source_words(source.source)
-    elif hasattr(source, "index"):  # files, or shards of them
+    if hasattr(source, "index"):  # files, or shards of them
         yield hashlib.sha256(source.index.slices.tobytes()).hexdigest()
         names = [str(Path(source.root, source.name(i))) for i in range(len(source))]
         paths = source.index.shards or names

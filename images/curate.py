@@ -85,7 +85,7 @@ class Pictures:
 
 
 @torch.no_grad()
-def embed(backbone, source, cfg, device, what, keep):
+def embed(backbone, source, cfg, device, what):
     """Features (N, D), all zeros where an image is damaged, and thumbnails (N, S, S, C)."""
     backbone.to(device)
     N, parts = len(source), []
@@ -94,14 +94,14 @@ def embed(backbone, source, cfg, device, what, keep):
         f = backbone.forward_features(crop_BCSS.to(device))
         both = f["x_norm_clstoken"], f["x_norm_patchtokens"].mean(dim=1)
         feature_BD = F.normalize(torch.cat([F.normalize(x, dim=1) for x in both], dim=1), dim=1)
-        parts.append((feature_BD.to(keep) * readable_B[:, None], thumb))
+        parts.append((feature_BD.cpu() * readable_B[:, None], thumb))
     return tuple(torch.cat(part) for part in zip(*parts, strict=True))
 
 
 def embedded(source, what, backbone, cfg, o):
     """A source with its features on the device, its thumbnails, and which images are readable."""
     device, what = pick_device(o.device), f"embedding {what}"
-    features, thumbs = cached_features(o.out, embed, backbone, source, cfg, device, what, "cpu")
+    features, thumbs = cached_features(o.out, embed, backbone, source, cfg, device, what)
     readable = features.any(dim=1).numpy()
     return SimpleNamespace(
         source=source, features=features.to(device), thumbs=thumbs.numpy(), readable=readable

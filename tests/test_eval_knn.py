@@ -249,25 +249,6 @@ def test_cached_features_are_those_that_were_extracted_once(tmp_path):
         assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
-def test_an_interrupted_cache_goes_on_where_it_was(tmp_path, monkeypatch):
-    net, (source, _) = VisionTransformer("nano", 8, 16).eval(), sources([0, 1, 2] * 3, [0])
-    monkeypatch.setattr(frozen, "CHUNK", 4)
-    whole, seen = cached(tmp_path / "whole", source, config(), net), []
-
-    def stop_after_one(backbone, part, *more):
-        if len(seen) == 1:
-            raise KeyboardInterrupt
-        seen.append(list(part.indices))
-        return eval_knn.extract_features(backbone, part, *more)
-
-    with pytest.raises(KeyboardInterrupt):
-        cached(tmp_path / "new", source, config(), net, stop_after_one)
-    seen[:] = [[], seen[0]]
-    found = cached(tmp_path / "new", source, config(), net, stop_after_one)
-    assert seen == [[], [0, 1, 2, 3], [4, 5, 6, 7], [8]]  # each once
-    assert all(torch.equal(a, b) for a, b in zip(found, whole, strict=True))
-
-
 def test_another_network_data_set_or_size_has_another_name_in_the_cache(tmp_path):
     net, (source, _) = VisionTransformer("nano", 8, 16), sources([0, 1, 2], [0])
     names = [fingerprint(net, source, config())]
@@ -289,8 +270,6 @@ def test_another_network_data_set_or_size_has_another_name_in_the_cache(tmp_path
     cfg.precision = "bf16"
     names.append(fingerprint(net, source, cfg))
     names.append(fingerprint(net, sources([0, 2, 1], [0])[0], config()))  # other labels
-    names.append(fingerprint(net, Part(source, [0, 1]), config()))
-    names.append(fingerprint(net, Part(source, [0, 2], [0, 0, 1]), config()))  # labels as before
     source.images[1, 2, 3, 0] ^= 1  # one pixel
     names.append(fingerprint(net, source, config()))
     assert len(set(names)) == len(names)
@@ -347,7 +326,7 @@ def figures_of(text):
 def test_floors_are_those_of_the_training_and_few_shot_has_a_spread(tmp_path, trained):
     summary = json.loads((trained / "summary.json").read_text())
     words = [str(trained), "--floors", "per_class=1,3", "tries=2", "k=20"]
-    told = run(tmp_path, [*words, f"cache={tmp_path / 'cache'}"], program="eval_knn.py")
+    told = run(tmp_path, words, program="eval_knn.py")
     assert told.code == 0, told.err
     kept = json.loads((trained / "knn.json").read_text())
     assert kept["knn_20"] == summary["knn"]
@@ -360,9 +339,6 @@ def test_floors_are_those_of_the_training_and_few_shot_has_a_spread(tmp_path, tr
         [kept[f"knn_3_per_class_3{end}"] for end in ("", "_random", "_pixels")], abs=0.005
     )
     assert line.count("±") == 3
-    assert len(list((tmp_path / "cache").iterdir())) == 4  # two networks, training and test
-    again = run(tmp_path, [*words, f"cache={tmp_path / 'cache'}"], program="eval_knn.py")
-    assert again.out == told.out
 
 
 def be_rank_and_evaluate(rank, world, port, words, folder):
@@ -372,13 +348,12 @@ def be_rank_and_evaluate(rank, world, port, words, folder):
 
 @pytest.mark.parametrize("world", [2])
 def test_ranks_print_the_same_figures_once(tmp_path, trained, world):
-    words = [str(trained), "per_class=3", f"cache={tmp_path / 'cache'}"]
-    alone = run(tmp_path / "alone", [*words, "cache="], program="eval_knn.py")
-    for _ in "extracted", "from the cache":
-        codes = launch(world, be_rank_and_evaluate, words, str(tmp_path))
-        assert codes == [0] * world, (tmp_path / "1.err").read_text()
-        assert (tmp_path / "0.out").read_text() == alone.out
-        assert (tmp_path / "1.out").read_text() == ""
+    words = [str(trained), "per_class=3"]
+    alone = run(tmp_path / "alone", words, program="eval_knn.py")
+    codes = launch(world, be_rank_and_evaluate, words, str(tmp_path))
+    assert codes == [0] * world, (tmp_path / "1.err").read_text()
+    assert (tmp_path / "0.out").read_text() == alone.out
+    assert (tmp_path / "1.out").read_text() == ""
 
 
 @pytest.mark.parametrize("ending", [".pth", ".safetensors"])

@@ -50,8 +50,9 @@ def test_options_have_their_official_names():
     assert (model.blocks[0].ls1.gamma == 1).all()
     found = list(inspect.signature(model.get_intermediate_layers).parameters)
     assert found == ["x", "n", "reshape", "return_class_token", "norm"]
-    with pytest.raises(TypeError, match="img_sise"):
-        hub("dinov2_vits14_reg", pretrained=False, img_sise=24)
+    for strange in "img_sise", "drop_path_rate":
+        with pytest.raises(TypeError, match=strange):
+            hub("dinov2_vits14_reg", pretrained=False, **{strange: 0.5})
 
 
 OFFICIAL = {"patch_size": 14, "num_features": 384, "embed_dim": 384, "num_heads": 6, "n_blocks": 12,
@@ -100,13 +101,6 @@ def test_positions_by_arithmetic_are_those_of_the_network(offset, antialias):
     for grid in (5, 5), (1, 2), (3, 9), (5, 7), (37, 2):
         found, expected = (n.interpolate_pos_encoding(*grid) for n in (plain(net), net))
         close(found, expected, 1e-6)  # values of 0.02
-
-
-def test_stochastic_depth_keeps_whole_images():
-    model = hub("dinov2_vits14", pretrained=False, img_size=28, drop_path_rate=0.5).train()
-    x = torch.randn(8, 5, 384)
-    changed = (model.blocks[0].add(x, lambda x: x + 1) != x).flatten(1)
-    assert changed.all(dim=1).sum() == changed.any(dim=1).sum() == 4
 
 
 def test_there_is_an_entry_point_for_each_released_name_and_nothing_else():

@@ -85,9 +85,8 @@ LAYOUTS = {
         "student": {}, "args": argparse.Namespace(arch="vit_small"), "optimizer": {"state": {}},
         "teacher": prefixed(s, "module.backbone.") | prefixed(head_of(), "module.head."),
     },
-    "iBOT's checkpoint_teacher": lambda s: {"state_dict": s},
-    "iBOT's LayerScale": lambda s: {
-        n.replace("ls1.gamma", "gamma_1").replace("ls2.gamma", "gamma_2"): v for n, v in s.items()
+    "iBOT's checkpoint_teacher": lambda s: {
+        "state_dict": {n.replace("mask_token", "masked_embed"): v for n, v in s.items()}
     },
 }  # fmt: skip
 

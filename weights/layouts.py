@@ -45,11 +45,7 @@ TIMM = """
     blocks.#.mlp.w12      blocks.#.mlp.fc1
     blocks.#.mlp.w3       blocks.#.mlp.fc2
 """
-IBOT = """
-    mask_token            masked_embed
-    blocks.#.ls1.gamma    blocks.#.gamma_1
-    blocks.#.ls2.gamma    blocks.#.gamma_2
-"""
+IBOT = "mask_token masked_embed"
 
 # What wrappers put into names; the official training numbers blocks by chunk, so blocks.1.7 is
 # block 7; a pooler, trained for another task.

@@ -25,15 +25,8 @@ class Block(vit.Block):
     def forward(self, x, packing=None):
         if packing is not None:  # tokens in one row, from get_intermediate_layers
             return self.forward(x.unflatten(0, packing.groups[0])).flatten(0, 1)
-        x = self.add(x, lambda x: self.ls1(self.attn(self.norm1(x))))
-        return self.add(x, lambda x: self.ls2(self.mlp(self.norm2(x))))
-
-    def add(self, x, branch):
-        """x + branch(x); in training with stochastic depth for some images only, see vit.py."""
-        if not (self.training and self.drop_path):
-            return x + branch(x)
-        kept = torch.randperm(len(x))[: max(int(len(x) * (1 - self.drop_path)), 1)].to(x.device)
-        return x.index_add(0, kept, branch(x[kept]) * (len(x) / len(kept)))
+        x = x + self.ls1(self.attn(self.norm1(x)))
+        return x + self.ls2(self.mlp(self.norm2(x)))
 
 
 class DinoVisionTransformer(vit.VisionTransformer):
@@ -92,13 +85,14 @@ PLAIN = {
 
 
 def plain(backbone):
-    """The same network, with the same parameters, in plain parts."""
+    """The same network, with the same parameters, in plain parts: without stochastic depth."""
+    assert not any(backbone.drop_path)
     net = copy.deepcopy(backbone, {id(p): p for p in backbone.parameters()})
     for module in net.modules():
         module.__class__ = PLAIN.get(type(module), type(module))
-    for block, rate in zip(net.blocks, net.drop_path, strict=True):
-        block.drop_path, block.attn.num_heads = rate, block.attn.heads
     # What code for the official class reads.
+    for block in net.blocks:
+        block.attn.num_heads = block.attn.heads
     net.patch_size, net.num_features, net.num_tokens = net.patch, net.dim, 1
     net.n_blocks, net.chunked_blocks, net.num_register_tokens = net.depth, False, net.registers
     net.num_heads, net.head = net.blocks[0].attn.heads, nn.Identity()
