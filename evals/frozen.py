@@ -10,7 +10,6 @@ import hashlib
 import os
 from pathlib import Path
 
-import numpy as np
 import torch
 from safetensors.torch import load_file, save
 
@@ -147,42 +146,28 @@ def cached_features(folder, extract, backbone, source, cfg, device, what):
     """What extract(backbone, source, ...) gives, two tensors, from this folder or put there.
 
     The file is named after everything that they depend on, so that they are never used for another
-    network, data set or size.
+    network, data set or size. Of arrays and shards nothing is kept.
     """
+    if not hasattr(source, "index") or source.index.shards:
+        return extract(backbone, source, cfg, device, what)
     path = Path(folder, f"{fingerprint(backbone, source, cfg)}.safetensors")
     if not path.exists():
         features, more = extract(backbone, source, cfg, device, what)
         aside = path.with_suffix(".part")  # what is interrupted leaves no half file
         with writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
-            aside.write_bytes(save({"features": features.cpu(), "more": more.cpu()}))
+            aside.write_bytes(save({"features": features, "more": more}))
             os.replace(aside, path)
     found = load_file(path)
     return found["features"], found["more"]
 
 
 def fingerprint(backbone, source, cfg):
-    """A word that differs if weights, network, images, labels, size or precision do."""
+    """A word that differs if weights, network, size of crops, or files of images do."""
     digest = hashlib.sha256()
     for name, value in backbone.state_dict().items():
         digest.update(f"{name} {tuple(value.shape)}".encode())
         digest.update(value.cpu().contiguous().numpy())
-    how = [beyond_shapes(backbone, cfg), dtype_of(cfg)]
-    digest.update(repr([*how, *source_words(source)]).encode())
+    paths = [str(Path(source.root, source.name(i))) for i in range(len(source))]
+    digest.update(repr([beyond_shapes(backbone, cfg), paths, stamps(paths)]).encode())
     return digest.hexdigest()[:32]
-
-
-def source_words(source):
-    """Whatever changes when the images of a source do: labels, names, sizes and times of files."""
-    yield source.classes
-    yield hashlib.sha256(np.asarray(source.labels, np.int64).tobytes()).hexdigest()
-    if hasattr(source, "index"):  # files, or shards of them
-        yield hashlib.sha256(source.index.slices.tobytes()).hexdigest()
-        names = [str(Path(source.root, source.name(i))) for i in range(len(source))]
-        paths = source.index.shards or names
-        yield [paths, stamps(paths)]
-    elif getattr(source.images, "filename", None):  # an array that is left on the disk
-        file = source.images.filename
-        yield [str(file), stamps([file]), source.images.offset, source.images.shape]
-    else:
-        yield hashlib.sha256(np.ascontiguousarray(source.images)).hexdigest()

@@ -3,9 +3,7 @@
 Run: pytest tests/test_eval_knn.py        (seconds; helpers are in tests/running.py)
 """
 
-import copy
 import json
-import os
 import pathlib
 import re
 
@@ -19,11 +17,8 @@ import eval_knn
 from config import Config, UserError
 from eval_knn import draw, few_shot, knn_probabilities, top_accuracy
 from evals import frozen
-from evals.frozen import cached_features, fingerprint
-from images import __main__ as prepare
 from images.evaluation import Part
-from images.sources import Arrays, open_source
-from vit import VisionTransformer
+from images.sources import Arrays
 from weights import export
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
@@ -231,70 +226,6 @@ def test_k_is_what_was_asked_for_or_what_is_possible():
     assert evaluate([0, 1, 2], [0], k=()).keys() == {"knn_3"}
     with pytest.raises(UserError, match="k=4 neighbours, but only 3 training images: lower k"):
         evaluate([0, 1, 2], [0], k=(1, 4))
-
-
-# ---- the cache ----------------------------------------------------------------------------------
-
-
-def cached(folder, source, cfg, backbone, extract=eval_knn.extract_features):
-    return cached_features(folder, extract, backbone, source, cfg, "cpu", "x")
-
-
-def test_cached_features_are_those_that_were_extracted_once(tmp_path):
-    net, (source, _) = VisionTransformer("nano", 8, 16).eval(), sources([0, 1, 2], [0])
-    expected = eval_knn.extract_features(net, source, config(), "cpu")
-    first = cached(tmp_path / "new", source, config(), net)
-    again = cached(tmp_path / "new", source, config(), net, extract=None)  # extracting again fails
-    for found in first, again:
-        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
-
-
-def test_another_network_data_set_or_size_has_another_name_in_the_cache(tmp_path):
-    net, (source, _) = VisionTransformer("nano", 8, 16), sources([0, 1, 2], [0])
-    names = [fingerprint(net, source, config())]
-    assert fingerprint(copy.deepcopy(net), source, config()) == names[0]
-    names.append(fingerprint(VisionTransformer("nano", 8, 16), source, config()))  # other weights
-    for key, value in {"interpolate_offset": 0.0, "interpolate_antialias": True}.items():
-        other = copy.deepcopy(net)
-        setattr(other, key, value)
-        names.append(fingerprint(other, source, config()))
-    other = copy.deepcopy(net)
-    other.blocks[0].attn.heads = 2
-    names.append(fingerprint(other, source, config()))
-    names.append(fingerprint(net, source, config(24)))
-    for key, value in {"mean": (0.0,) * 3, "std": (1.0,) * 3}.items():
-        cfg = config()
-        setattr(cfg.data, key, value)
-        names.append(fingerprint(net, source, cfg))
-    cfg = config()
-    cfg.precision = "bf16"
-    names.append(fingerprint(net, source, cfg))
-    names.append(fingerprint(net, sources([0, 2, 1], [0])[0], config()))  # other labels
-    source.images[1, 2, 3, 0] ^= 1  # one pixel
-    names.append(fingerprint(net, source, config()))
-    assert len(set(names)) == len(names)
-
-
-@pytest.mark.parametrize("form", ["folder", "list", "shards", "array"])
-def test_a_source_whose_files_change_has_another_name_in_the_cache(tmp_path, form):
-    photos = make_photos(tmp_path / "photos", [("train", 4)])
-    picture = sorted(photos.rglob("*.png"))[0]
-    root, changed = photos / "train", picture
-    if form == "list":
-        root = tmp_path / "all.csv"
-        root.write_text("".join(f"{path},a\n" for path in sorted(photos.rglob("*.png"))))
-    elif form == "shards":
-        prepare.main(["pack", str(photos / "train"), f"to={tmp_path / 'tars'}", "data.workers=0"])
-        root, changed = tmp_path / "tars", next((tmp_path / "tars").glob("*.tar"))
-    elif form == "array":
-        root = changed = tmp_path / "all.npy"
-        np.save(root, np.zeros((4, 16, 16, 3), np.uint8))
-    net = VisionTransformer("nano", 8, 16)
-    name = fingerprint(net, open_source(root, Config()), config())
-    assert fingerprint(net, open_source(root, Config()), config()) == name
-    status = changed.stat()
-    os.utime(changed, ns=(status.st_atime_ns, status.st_mtime_ns + 10**9))
-    assert fingerprint(net, open_source(root, Config()), config()) != name
 
 
 # ---- the command --------------------------------------------------------------------------------
