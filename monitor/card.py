@@ -10,31 +10,30 @@ import torch
 import dinov2
 from attention import fastest
 from optim import scaled_lr
-from parallel import compiles, counted, dtype_of, multiplies_bf16, ranks
-
-NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+from parallel import compiles, dtype_of, ranks
 
 
 def start_card(cfg, source, held_out, student, device, start):
     """Its text. start: so many steps were taken before."""
-    c, world, K = cfg.crops, ranks()[1], cfg.head.prototypes
+    c, K, dtype = cfg.crops, cfg.head.prototypes, dtype_of(cfg)
     longest = 1 + cfg.vit.registers + (c.global_size // cfg.vit.patch) ** 2
-    fast = f" ({fastest(device, dtype_of(cfg), longest)})" if cfg.attention == "auto" else ""
+    fast = f" ({fastest(device, dtype, longest)})" if cfg.attention == "auto" else ""
     parts = [
         f"{name} {sum(p.numel() for p in part.parameters()) / 1e6:.2f} M"
         for name, part in student.named_children()
     ]
     values = [f"{name} {value:.3f}" for name, value in dinov2.start_values(cfg).items()]
+    knn = "none: it needs two classes or more, each with images to train on and held out"
+    if held_out:
+        knn = f"of {len(held_out[1]):,} held-out images among {len(held_out[0]):,} labelled ones"
     rows = {
-        "device": f"{device} ({device_name(device)}), {NAMES[dtype_of(cfg)]}, {world} "
-        f"process{'es' * (world > 1)}, parallel={cfg.parallel}, attention={cfg.attention}{fast}",
-        "images": f"{len(source):,} from {cfg.data.root}, {classes_of(source)}",
+        "device": f"{device} ({device_name(device)}), {dtype}, processes: {ranks()[1]}, "
+        f"parallel={cfg.parallel}, attention={cfg.attention}{fast}",
+        "images": f"{len(source):,} from {cfg.data.root}",
+        "classes": textwrap.shorten(", ".join(map(str, source.classes)), 80),
         "left out": ", ".join(f"{n:,} {why}" for why, n in getattr(source, "left_out", {}).items()),
-        "k-NN": knn_words(cfg, held_out),
+        "k-NN": knn if cfg.log.knn else "off",
         "network": f"{cfg.vit.size}/{cfg.vit.patch}: {', '.join(parts)} parameters",
-        "teacher": f"{cfg.distill.teacher}, frozen; iBOT on {cfg.distill.tokens} patches"
-        if cfg.distill.teacher
-        else "",
         "batch": f"{cfg.batch} images x (2 crops of {c.global_size} px + {c.local_count} of "
         f"{c.local_size} px)",
         "steps": f"{start:,} to {cfg.steps:,}, {cfg.steps * cfg.batch / len(source):.1f} epochs",
@@ -43,40 +42,21 @@ def start_card(cfg, source, held_out, student, device, start):
         "loss": f"an untrained network starts near {', '.join(values)} "
         f"(K = {K:,}, ln K = {math.log(K):.2f})",
         "output": f"{cfg.out}/",
-        "note": "; ".join(notes(cfg, device)),
+        "note": "; ".join(notes(cfg)),
     }
+    if cfg.distill.teacher:
+        rows["teacher"] = f"{cfg.distill.teacher}, frozen; iBOT on {cfg.distill.tokens} patches"
+    columns = max(shutil.get_terminal_size((100, 24)).columns, 60)
     title = f"nanoDINOv2 continues after step {start:,}" if start else "nanoDINOv2 starts"
-    width = max(shutil.get_terminal_size((100, 24)).columns, 60)
-    layout = textwrap.TextWrapper(
-        width, subsequent_indent=" " * 11, break_long_words=False, break_on_hyphens=False
-    )
+    whole = {"break_long_words": False, "break_on_hyphens": False}
+    layout = textwrap.TextWrapper(columns, subsequent_indent=" " * 11, **whole)
     rows = [layout.fill(f"  {name:<9}{text}") for name, text in rows.items() if text]
     return "\n".join([title, *rows])
 
 
-def classes_of(source):
-    """How many classes there are, and their names where few: folders of albums are no classes."""
-    names = source.classes
-    if not names:
-        return "no labels"
-    few = f" ({', '.join(map(str, names))})" if len(names) <= 8 else ""
-    return f"{len(names):,} class{'es' * (len(names) > 1)}{few}"
-
-
-def knn_words(cfg, held_out):
-    if not held_out:
-        needed = "none: it needs two classes or more, each with images to train on and held out"
-        return needed if cfg.log.knn else "off"
-    count = len(held_out[1])
-    few = f"; few: each is {100 / count:.1f} points" if count < 100 else ""
-    return f"of {count:,} held-out images among {len(held_out[0]):,} labelled ones{few}"
-
-
-def notes(cfg, device):
+def notes(cfg):
     """What a user should know of this combination of keys."""
-    a, slow = cfg.augment, cfg.precision == "bf16" and not multiplies_bf16(device)
-    if slow:
-        yield "this device has no bf16 matrix products: precision=auto is far faster"
+    a = cfg.augment
     if cfg.data.channels != 3:
         yield f"{cfg.data.channels} channels: colour changes need RGB and are left out"
     elif cfg.data.root != "synthetic" and not any([a.jitter, a.grey, *a.blur, *a.solarize]):
@@ -94,4 +74,4 @@ def device_name(device):
     """The product behind a torch.device."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{platform.machine()}, {counted(torch.get_num_threads(), 'thread')}"
+    return f"{platform.machine()}, threads: {torch.get_num_threads()}"

@@ -7,7 +7,6 @@ waits for a number that nobody reads.
 import contextlib
 import json
 import math
-import os
 import sys
 import time
 from pathlib import Path
@@ -16,7 +15,7 @@ import torch
 from tqdm import tqdm
 
 from config import UserError, dump, replace_text, to_dict, writing
-from images.sources import ARRAYS, most_damaged
+from images.sources import most_damaged
 from monitor.card import device_name, start_card
 from parallel import lists_of_ranks, ranks, sum_over_ranks
 
@@ -38,16 +37,22 @@ class Reporter:
         self.name = f"{name}: " if name else ""
         self.cfg, self.device, (self.rank, self.world) = cfg, device, ranks()
         self.out, self.images = Path(cfg.out), len(source)
-        self.met, self.warned, self.writers = [], set(), []
-        self.waited, self.last = 0.0, (start, time.time())
+        self.met, self.warned, self.writers, self.rows = [], set(), [], []
+        self.waited, self.last, self.began = 0.0, (start, time.time()), time.time()
         lines = self.earlier_lines(start)
-        if self.rank == 0:
-            self.open_folder(lines, start)
-            print(start_card(cfg, source, held_out, student, device, start), flush=True)
+        if self.rank:
+            return
+        with writing(f"out={cfg.out}", ELSEWHERE):
+            self.out.mkdir(parents=True, exist_ok=True)
+            dump(cfg, self.out / "config.yaml")
+            path = self.out / "log.jsonl"
+            replace_text(path, "".join(json.dumps(line) + "\n" for line in lines))
+            self.log = path.open("a", buffering=1)  # line by line: a kill loses at most one
+        self.writers = open_writers(cfg, start)
+        print(start_card(cfg, source, held_out, student, device, start), flush=True)
         # The foot of a terminal: a row for the progress, one for the losses, one for the rest. All
         # in one would be 150 columns wide, and cut off where windows have 80.
-        self.rows = []
-        if self.rank == 0 and sys.stderr.isatty():
+        if sys.stderr.isatty():
             bar = self.name + "step {n:,}/{total:,} |{bar}| {desc}"
             self.rows = [tqdm(total=cfg.steps, initial=start, bar_format=bar, desc="first step")]
             self.rows += [tqdm(bar_format="{desc}") for _ in range(2)]
@@ -66,19 +71,6 @@ class Reporter:
         self.floors = {k: line[k] for line in lines for k in FLOORS if k in line}
         return lines
 
-    def open_folder(self, lines, start):
-        """Make the run folder, with a log of these lines."""
-        path = self.out / "log.jsonl"
-        with writing(f"out={self.cfg.out}", ELSEWHERE):
-            self.out.mkdir(parents=True, exist_ok=True)
-            dump(self.cfg, self.out / "config.yaml")
-            replace_text(path, "".join(json.dumps(line) + "\n" for line in lines))
-            self.log = path.open("a", buffering=1)  # line by line: a kill loses at most one
-        self.writers = open_writers(self.cfg, start)
-        self.began = time.time()
-
-    # ---- events of the loop ----
-
     def waiting(self, batches):
         """Pass batches on, and count the time that the loop waits for them."""
         while True:
@@ -96,7 +88,7 @@ class Reporter:
         self.tell_skipped()
         if self.rank:
             return
-        before, then = self.last
+        (before, then), on_gpu = self.last, self.device.type == "cuda"
         passed = time.time() - then
         line = {
             "step": done,
@@ -105,7 +97,7 @@ class Reporter:
             **now._asdict(),
             "images_per_second": (done - before) * self.cfg.batch / passed,
             "data_wait": self.waited / passed,
-            "memory_gb": peak_memory(self.device),
+            "memory_gb": torch.cuda.max_memory_allocated(self.device) / 1e9 if on_gpu else None,
             "seconds": self.seconds(),
         }
         self.waited, self.last = 0.0, (done, time.time())
@@ -119,10 +111,10 @@ class Reporter:
             self.floors |= {name: result[name] for name in FLOORS if name in result}
             line = {"step": step, "images": step * self.cfg.batch, **result}
             self.write(line | {"seconds": self.seconds()})
-            known = {text: self.floors.get(key) for key, text in FLOORS.items()}
-            known = [f"{text} {value:.1f} %" for text, value in known.items() if value is not None]
-            floors = f" ({', '.join(known)})" if known else ""
-            self.say(f"step {step}: k-NN {result['knn']:.1f} % of held-out images{floors}")
+            floors = [f"{FLOORS[key]} {value:.1f} %" for key, value in self.floors.items()]
+            self.say(
+                f"step {step}: k-NN {result['knn']:.1f} % of held-out images ({', '.join(floors)})"
+            )
         self.last, self.waited = (step, time.time()), 0.0  # not the loop's time
 
     def skipped(self, step, names):
@@ -133,11 +125,12 @@ class Reporter:
         """Name what all ranks have skipped since the last time; too many stop the run."""
         met, self.met = sorted(lists_of_ranks(self.met)), []
         for step, name in met:
-            if name not in self.bad:
-                self.bad.add(name)
-                if self.rank == 0:
-                    self.say(f"warning: damaged image skipped ({len(self.bad)} so far): {name}")
-                    self.write({"step": step, "skipped": name})
+            if name in self.bad:
+                continue
+            self.bad.add(name)
+            if self.rank == 0:
+                self.say(f"warning: damaged image skipped ({len(self.bad)} so far): {name}")
+                self.write({"step": step, "skipped": name})
         if len(self.bad) > most_damaged(self.cfg, self.images):
             raise UserError(
                 f"{len(self.bad)} of {self.images} images are damaged, more than "
@@ -160,8 +153,6 @@ class Reporter:
             close()
         if self.rank == 0:
             print(message, flush=True)
-
-    # ---- where it goes ----
 
     def seconds(self):
         """Training time so far, earlier parts of an interrupted run included."""
@@ -188,11 +179,11 @@ class Reporter:
         done, rate = line["step"], line["images_per_second"]
         eta = tqdm.format_interval((self.cfg.steps - done) * self.cfg.batch / rate)
         terms = [f"{k} {line[k]:.3f}" for k in TERMS if k in line]
+        memory = f"  memory {line['memory_gb']:.1f} GB" if line["memory_gb"] else ""
         rows = [
             f"{line['images']:,} images  {rate:,.0f} images/s  ETA {eta}",
             f"loss {line['loss']:.3f} = {' + '.join(terms)}",
-            f"lr {line['lr']:.1e}  data wait {line['data_wait']:.0%}  "
-            f"memory {line['memory_gb']:.1f} GB",
+            f"lr {line['lr']:.1e}  data wait {line['data_wait']:.0%}{memory}",
         ]
         if not self.rows:
             return self.say(f"step {done:,}/{self.cfg.steps:,}  " + "  ".join(rows))
@@ -211,12 +202,11 @@ class Reporter:
 def warnings_of(line, cfg):
     """Signs of a collapse, once the warm-up is over, and of a loop that waits; in plain words."""
     if line["step"] > 1 and line["data_wait"] > 0.3:
-        workers, root = cfg.data.workers, cfg.data.root
-        most = os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # for each process
-        fix = f"more than data.workers={workers}" if workers < most else "more cores"
-        files = root != "synthetic" and not root.lower().endswith(ARRAYS)
-        pack = ", or smaller files (python -m images pack)" if files else ""
-        yield f"the loop waits for images (data wait {line['data_wait']:.0%}): use {fix}{pack}"
+        yield (
+            f"the loop waits for images (data wait {line['data_wait']:.0%}): what helps are more "
+            f"cores, with data.workers={cfg.data.workers} raised, or smaller files "
+            "(python -m images pack)"
+        )
     if line["step"] < cfg.optim.warmup or "rankme" not in line:
         return
     K, used, entropy = cfg.head.prototypes, line["prototypes_used"], line["teacher_entropy"]
@@ -247,7 +237,7 @@ def read_log(run):
     for line in lines:
         with contextlib.suppress(ValueError):
             rows.append(json.loads(line))
-    rows = [row for row in rows if isinstance(row, dict) and isinstance(row.get("step"), int)]
+    rows = [row for row in rows if "step" in row]
     if not rows:
         raise UserError(f"{path}: no line with a step yet; train a little longer")
     return rows
@@ -255,57 +245,32 @@ def read_log(run):
 
 def finished(cfg):
     """What to say of a run that is complete already, or "" for one that is not."""
-    path = Path(cfg.out, "summary.json")
-    with contextlib.suppress(OSError, ValueError):
-        summary = json.loads(path.read_text(encoding="utf-8"))
-        knn = f", k-NN {summary['knn']:.1f} %" if summary.get("knn") is not None else ""
-        return (
-            f"{cfg.out} is finished ({cfg.steps:,} steps{knn}): nothing to do; "
-            f"set out= for a new run; to train on, let it start with init_from={cfg.out}"
-        )
-    return ""
-
-
-# ---- tools --------------------------------------------------------------------------------------
-
-
-def peak_memory(device):
-    """Peak memory so far in GB: of the GPU, or of this process where there is none."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e9
-    try:
-        import resource
-    except ImportError:  # Windows
-        return 0.0
-    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return most * (1 if sys.platform == "darwin" else 1024) / 1e9
+    if not Path(cfg.out, "summary.json").exists():
+        return ""
+    return (
+        f"{cfg.out} is finished ({cfg.steps:,} steps): nothing to do; "
+        f"set out= for a new run; to train on, let it start with init_from={cfg.out}"
+    )
 
 
 def open_writers(cfg, start):
-    """TensorBoard and Weights & Biases, where asked for: [(add a line of the log, close)].
-
-    Raises UserError if the package is not installed, or wandb does not let us in.
-    """
+    """TensorBoard and Weights & Biases, where asked for: [(add a line of the log, close)]."""
     writers = []
-    try:
-        if cfg.log.tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
+    if cfg.log.tensorboard:
+        from torch.utils.tensorboard import SummaryWriter
 
-            # What an interrupted run wrote after its last checkpoint is done again: purged.
-            board = SummaryWriter(cfg.out, purge_step=start + 1 if start else None)
+        # What an interrupted run wrote after its last checkpoint is done again: purged.
+        board = SummaryWriter(cfg.out, purge_step=start + 1 if start else None)
 
-            def add(line):
-                for name, value in line.items():
-                    if isinstance(value, (int, float)):
-                        board.add_scalar(name, value, line["step"])
+        def add(line):
+            for name, value in line.items():
+                if isinstance(value, (int, float)):
+                    board.add_scalar(name, value, line["step"])
 
-            writers.append((add, board.close))
-        if cfg.log.wandb:
-            import wandb
+        writers.append((add, board.close))
+    if cfg.log.wandb:
+        import wandb
 
-            run = wandb.init(project=cfg.log.wandb, dir=cfg.out, config=to_dict(cfg))
-            writers.append((lambda line: run.log(line, step=line["step"]), run.finish))
-    except ImportError as error:
-        package = "wandb" if cfg.log.wandb and "wandb" in str(error) else "tensorboard"
-        raise UserError(f"log.{package} needs a package: pip install {package}") from None
+        run = wandb.init(project=cfg.log.wandb, dir=cfg.out, config=to_dict(cfg))
+        writers.append((lambda line: run.log(line, step=line["step"]), run.finish))
     return writers

@@ -7,8 +7,7 @@ import sys
 import torch
 
 from config import UserError
-from parallel import dtype_of, max_over_ranks, ranks
-from weights.checkpoint import checkpoints
+from parallel import max_over_ranks, ranks
 
 
 class Watch:
@@ -25,15 +24,12 @@ class Watch:
 
     def remember(self, number, frame):
         """Finish the step, save, leave. A second signal does not wait."""
-        leave = bool(self.signal) or self.saved
-        text = "leaving now; the same command continues from the last checkpoint"
-        if not leave:
-            text = "finishing this step, then saving (once more: leaving at once, without)"
+        if self.signal or self.saved:
+            sys.exit(128 + number)
+        self.signal = number
+        text = "finishing this step, then saving (once more: leaving at once, without)"
         if ranks()[0] == 0:  # print() may not be called while it is at work, and it may be just now
             os.write(2, f"\n{signal.Signals(number).name}: {text}\n".encode())
-        self.signal = number
-        if leave:
-            sys.exit(128 + number)
 
     def guard(self, run, step, log, norms):
         """Make the optimiser skip this step, on the device, if it is not finite anywhere."""
@@ -57,12 +53,10 @@ class Watch:
             bad, number = flags().tolist()
             if bad:
                 terms = [f"{k}={v.item():.4g}" for k, v in log.items() if not torch.isfinite(v)]
-                kept = f"the last checkpoint in {cfg.out} is kept" if checkpoints(cfg.out) else ""
-                fp32 = "" if dtype_of(cfg) == torch.float32 else ", or use precision=fp32"
                 raise UserError(
                     f"step {at} is not finite ({', '.join(terms) or 'on another process'}) and was "
-                    f"not taken; {kept or 'no checkpoint was written yet'}; lower "
-                    f"optim.lr={cfg.optim.lr:g}{fp32}"
+                    f"not taken; checkpoints in {cfg.out} are kept; lower "
+                    f"optim.lr={cfg.optim.lr:g}, or if it is bf16 or fp16, set precision=fp32"
                 )
             asked_to_stop = max(asked_to_stop, int(number))
         return asked_to_stop

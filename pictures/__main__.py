@@ -75,19 +75,16 @@ def pca(run, files, o, path):
     if o.foreground:
         colours = pca_colours(features, foreground(features))
         rows.append((["PCA of the foreground"], colours, None))
-    sheet = sheets.bands(rows, side=min(max(1200 // len(files), 160), 240))
-    return sheets.write(sheet, path)
+    return sheets.write(sheets.bands(rows, side=240), path)
 
 
 def attention(run, files, o, path):
     """For each image a row for [CLS] and for each register: the mean of the heads, and each."""
     network = Network(run)
-    rows, depth, heads = [], network.net.depth, network.net.blocks[0].attn.heads
+    rows, depth, side = [], network.net.depth, 216
     if not -depth <= o.layer < depth:
         raise UserError(f"layer={o.layer}: the network has blocks 0 to {depth - 1}")
     block = o.layer % depth
-    columns = heads + 2 if heads <= 8 else (heads + 3) // 2  # with the image and the mean
-    side = min(max(1300 // columns, 170), 260)  # the words need 170
     for file in progress(files, desc="attention", unit=" images"):
         image = network.read(file)
         maps = attention_maps(network.net, image, *network.norm, block, o.shifts)
@@ -100,7 +97,7 @@ def attention(run, files, o, path):
                 name = "mean" if head < 0 else f"head {head}"
                 words.append(f"{name}, {100 * map_HW.sum():.0f} % on patches")
             rows.append(([title], pictures, words))
-    return sheets.write(sheets.bands(rows, side, columns), path)
+    return sheets.write(sheets.bands(rows, side), path)
 
 
 def match(run, files, o, path):

@@ -8,7 +8,6 @@ those are large.
     RUN/frames/0000200.npz     image_0, ... (uint8) and features_0, ... (H, W, D float16)
 """
 
-import math
 import os
 from pathlib import Path
 
@@ -93,8 +92,8 @@ def latest(rows, key):
 
 def series(rows, key):
     """{step: value}, ascending. A resumed run repeats steps: the later line counts."""
-    found = {row["step"]: row[key] for row in rows if isinstance(row.get(key), (int, float))}
-    return {step: found[step] for step in sorted(found) if math.isfinite(found[step])}
+    found = {row["step"]: row[key] for row in rows if row.get(key) is not None}
+    return dict(sorted(found.items()))
 
 
 # ---- frames -----------------------------------------------------------------------------------
@@ -140,26 +139,18 @@ def animate(run, path, milliseconds=500, side=160):
         arrays = dict(np.load(file))
         images = [arrays[f"image_{i}"] for i in range(len(arrays) // 2)]
         frames.append([torch.tensor(arrays[f"features_{i}"]).float() for i in range(len(images))])
-    steps = [int(file.stem) for file in files]
+    steps, pictures = [int(file.stem) for file in files], []
     knn = series(read_log(run), "knn")
-    pictures = [
-        frame(images, colours, step, steps[-1], knn.get(step), side)
-        for step, colours in zip(steps, steady_colours(frames), strict=True)
-    ]
-    first, *rest = [p.quantize(dither=Image.Dither.NONE) for p in pictures]
+    for step, colours in zip(steps, steady_colours(frames), strict=True):
+        words = f"step {step:,}" + (f",  k-NN {knn[step]:.1f} %" if step in knn else "")
+        sheet = sheets.bands([([words], images, None), ([], colours, None)], side)
+        draw, end = ImageDraw.Draw(sheet), sheet.width - 6
+        draw.line([(6, 3), (end, 3)], plot.LIGHT, 4)  # how far the run is
+        draw.line([(6, 3), (6 + (end - 6) * step / steps[-1], 3)], plot.BLUE, 4)
+        pictures.append(sheet.quantize(dither=Image.Dither.NONE))
     lasting = [milliseconds] * (len(files) - 1) + [5 * milliseconds]
-    more = {"save_all": True, "append_images": rest, "duration": lasting, "loop": 0}
-    return sheets.write(first, path, **more)
-
-
-def frame(images, colours, step, last, knn, side):
-    """The images over their colours, how far the run is, and how good."""
-    words = f"step {step:,}" + (f",  k-NN {knn:.1f} %" if knn is not None else "")
-    sheet = sheets.bands([([words], images, None), ([], colours, None)], side)
-    draw, end = ImageDraw.Draw(sheet), sheet.width - 6
-    draw.line([(6, 3), (end, 3)], plot.LIGHT, 4)
-    draw.line([(6, 3), (6 + (end - 6) * step / last, 3)], plot.BLUE, 4)
-    return sheet
+    more = {"save_all": True, "append_images": pictures[1:], "duration": lasting, "loop": 0}
+    return sheets.write(pictures[0], path, **more)
 
 
 # ---- crops ------------------------------------------------------------------------------------

@@ -33,7 +33,7 @@ def mutual_nearest(a, b):
     return torch.stack((here, to_b[here]), dim=1)
 
 
-def draw(images, maps, keep, path, lines=40):
+def draw(images, maps, keep, path, lines=40, side=480):
     """Two images with lines between mutual nearest patches, and the nearest of every patch.
 
     maps  their features (H, W, D)
@@ -45,28 +45,28 @@ def draw(images, maps, keep, path, lines=40):
     left = position_colours(*maps[0].shape[:2])
     colours = left.reshape(-1, 3)
     right = colours[nearest(maps[1], maps[0]).numpy()]
-    linked, lefts = beside(images)
+    fields = [c * k.numpy()[:, :, None] for c, k in zip((left, right), keep, strict=True)]
+    fields = [tinted(*both) for both in zip(images, fields, strict=True)]
+    count = f"{len(pairs):,} of {keep[0].sum():,}, at most {lines} of them drawn"
+    field = "every patch on the right has the colour of its nearest on the left"
+    rows = [([f"mutual nearest patches: {count}"], images, None), ([field], fields, None)]
+    sheet = sheets.bands(rows, side)
+    page = Page(*sheet.size)
+    page.large.paste(sheet.resize(page.large.size))
+    forms = [np.array(image.shape[:2]) / max(image.shape[:2]) * side for image in images]
+    middle = sheets.HEAD + max(height for height, _ in forms) / 2
     for pair in random.Random(0).sample(pairs.tolist(), min(lines, len(pairs))):
         ends = []
-        for place, grid, image, x in zip(pair, maps, images, lefts, strict=True):
-            row, column = divmod(place, grid.shape[1])
-            width = linked.size[1] * image.shape[1] / image.shape[0]
-            x += (column + 0.5) / grid.shape[1] * width
-            ends.append((x, (row + 0.5) / grid.shape[0] * linked.size[1]))
+        for n, (height, width) in enumerate(forms):
+            row, column = divmod(pair[n], maps[n].shape[1])
+            x = (column + 0.5) / maps[n].shape[1] * width + sheets.GAP + n * (side + sheets.GAP)
+            ends.append((x, ((row + 0.5) / maps[n].shape[0] - 0.5) * height + middle))
         colour = tuple(colours[pair[0]].tolist())
-        linked.line(ends, PAPER, 3)
-        linked.line(ends, colour, 1.6)
+        page.line(ends, PAPER, 3)
+        page.line(ends, colour, 1.6)
         for x, y in ends:
-            linked.dot(x, y, colour)
-    fields = [c * k.numpy()[:, :, None] for c, k in zip((left, right), keep, strict=True)]
-    field, _ = beside([tinted(*both) for both in zip(images, fields, strict=True)])
-    count = f"{len(pairs):,} of {keep[0].sum():,}, at most {lines} of them drawn"
-    pages = {
-        f"mutual nearest patches: {count}": linked,
-        "every patch on the right has the colour of its nearest on the left": field,
-    }
-    rows = [([title], [np.asarray(page.finished())], None) for title, page in pages.items()]
-    return sheets.write(sheets.bands(rows, linked.size[0]), path)
+            page.dot(x, y, colour)
+    return sheets.write(page.finished(), path)
 
 
 def position_colours(rows, columns):
@@ -82,14 +82,3 @@ def tinted(pixels, colours):
     colours = np.asarray(Image.fromarray(colours).resize(image.size, Image.Resampling.NEAREST))
     light = np.asarray(image.convert("L"), np.float32)[:, :, None] / 255
     return (colours * (0.55 + 0.45 * light)).astype(np.uint8)
-
-
-def beside(pictures, width=988, highest=420, gap=24):
-    """Two pictures of one height side by side on a Page, and where each begins there."""
-    forms = [p.shape[1] / p.shape[0] for p in pictures]
-    height = min(highest, round((width - gap) / sum(forms)))
-    page, lefts = Page(width, height), (0, height * forms[0] + gap)
-    for each, left, form in zip(pictures, lefts, forms, strict=True):
-        image = sheets.fit(sheets.picture(each), page.zoom * height * max(1, form))
-        page.large.paste(image, (round(page.zoom * left), 0))
-    return page, lefts

@@ -29,11 +29,10 @@ def cls_features(net, source, cfg, what, batch=256):
     Damaged images are left out.
     """
     device, features, labels = net.pos_embed.device, [], []
-    with progress(total=len(source), desc=what, unit=" images") as bar:
-        for image_BCSS, label_B in evaluation_batches(source, cfg, batch, device):
-            features.append(F.normalize(net(image_BCSS).float(), dim=1).cpu())
-            labels.append(label_B)
-            bar.update(len(label_B))
+    batches = evaluation_batches(source, cfg, batch, device)
+    for image_BCSS, label_B in progress(batches, desc=what, unit=" batches"):
+        features.append(F.normalize(net(image_BCSS).float(), dim=1).cpu())
+        labels.append(label_B)
     good_N = torch.cat(labels) != DAMAGED
     return torch.cat(features)[good_N], good_N.nonzero().flatten()
 

@@ -125,8 +125,8 @@ def as_maps(rows, features):
 def components(features, keep_N=slice(None), count=3):
     """Each patch along the `count` directions in which those to keep differ most: (N, count).
 
-    Fewer than `count` if D is smaller. A direction may point either way: the one is taken in which
-    its largest entry is positive, so that pictures are repeatable.
+    A direction may point either way: the one is taken in which its largest entry is positive, so
+    that pictures are repeatable.
     """
     x_ND = flat(features).double()
     x_ND = x_ND - x_ND[keep_N].mean(dim=0)
@@ -154,9 +154,8 @@ def stretched(x_N3, keep_N=slice(None)):
     """
     kept = x_N3[keep_N]
     low, high = (torch.tensor(np.quantile(kept.numpy(), q, axis=0)) for q in (0.02, 0.98))
-    least = 1e-6 * kept.norm().clamp(min=1e-30) / len(kept) ** 0.5
+    least = 1e-6 * kept.norm().clamp(min=1e-30) / len(kept) ** 0.5  # where all patches are alike
     colour = ((x_N3 - (low + high) / 2) / (high - low).clamp(min=least) + 0.5).clamp(0, 1)
-    colour = F.pad(colour, (0, 3 - colour.shape[1]), value=0.5)  # of features with D < 3
     return (255 * colour).round().byte()
 
 

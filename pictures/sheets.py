@@ -9,10 +9,13 @@ import math
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageOps
 
 from config import writing
 from pictures.plot import GREY, PAPER, font, in_ascii, text_width
+
+GAP, HEAD, FOOT = 6, 28, 20  # pixels between pictures, of a title above them, of words below
+HEAT = "#000004", "#fcffa4", "#bc3754"  # black, white and middle, of Inferno (Smith et al. 2015)
 
 
 def bands(rows, side=160, per_row=8):
@@ -24,19 +27,18 @@ def bands(rows, side=160, per_row=8):
     side     the longer one of each picture
     per_row  more pictures than this begin a further set of bands
     """
-    gap, head, foot = 6, 28, 20
     # An empty place in the first row is a narrow one in all.
-    wide = [gap + (2 * gap if image is None else side) for image in rows[0][1][:per_row]]
-    left = list(itertools.accumulate(wide, initial=gap))
-    ends = [left[i] + text_width(words, 13) + gap for row in rows for i, words in enumerate(row[0])]
+    wide = [GAP + (2 * GAP if image is None else side) for image in rows[0][1][:per_row]]
+    left = list(itertools.accumulate(wide, initial=GAP))
+    ends = [left[i] + text_width(words, 13) + GAP for row in rows for i, words in enumerate(row[0])]
     starts = range(0, len(rows[0][1]), per_row)
-    highest = len(starts) * len(rows) * (head + side + foot) + gap
+    highest = len(starts) * len(rows) * (HEAD + side + FOOT) + GAP
     sheet = Image.new("RGB", (math.ceil(max([left[-1], *ends])), highest), PAPER)
     top = 0
     for start, (titles, pictures, words) in itertools.product(starts, rows):
-        top += head if titles else gap
+        top += HEAD if titles else GAP
         for x, title in zip(left, titles, strict=False):
-            caption(sheet, x, top - head / 2, title)
+            caption(sheet, x, top - HEAD / 2, title)
         shown = [p if p is None else fit(picture(p), side) for p in pictures[start:][:per_row]]
         height = max(image.height for image in shown if image)
         for x, image in zip(left, shown, strict=False):
@@ -45,9 +47,9 @@ def bands(rows, side=160, per_row=8):
         top += height
         if words:
             for x, under in zip(left, words[start:][:per_row], strict=False):
-                caption(sheet, x, top + foot / 2, shortened(under, side))
-            top += foot
-    return sheet.crop((0, 0, sheet.width, top + gap))
+                caption(sheet, x, top + FOOT / 2, shortened(under, side))
+            top += FOOT
+    return sheet.crop((0, 0, sheet.width, top + GAP))
 
 
 def caption(sheet, x, y, words):
@@ -102,18 +104,6 @@ def fit(image, side):
     return image.resize([max(1, round(n * factor)) for n in image.size], method)
 
 
-# Inferno (Smith and van der Walt 2015): as bright as it is high, for any kind of colour vision.
-HEAT = ["#000004", "#420a68", "#932667", "#dd513a", "#fca50a", "#fcffa4"]
-
-
-def heat(values):
-    """Numbers 0..1 (H, W) -> uint8 (H, W, 3), from black over red to pale yellow."""
-    stops = np.array([list(bytes.fromhex(code[1:])) for code in HEAT])
-    at = np.linspace(0, 1, len(stops))
-    channels = [np.interp(values, at, stops[:, c]) for c in range(3)]
-    return np.stack(channels, axis=-1).astype(np.uint8)
-
-
 def overlay(pixels, values, side):
     """An image, as large as fits into `side`, under a map (H, W) of its own, enlarged smoothly.
 
@@ -123,6 +113,8 @@ def overlay(pixels, values, side):
     values = Image.fromarray(np.asarray(values, np.float32))
     values = np.asarray(values.resize(image.size, Image.Resampling.BICUBIC)).clip(0)
     values = (values - values.min()) / max(values.max() - values.min(), 1e-12)
+    # As bright as it is high, for any kind of colour vision: black, red, pale yellow.
+    heat = ImageOps.colorize(Image.fromarray(np.uint8(255 * values)), *HEAT)
     grey = np.asarray(image.convert("L"), np.float32)[:, :, None]
     share = 0.15 + 0.8 * values[:, :, None]
-    return (grey * (1 - share) + heat(values) * share).clip(0, 255).astype(np.uint8)
+    return (grey * (1 - share) + np.asarray(heat) * share).astype(np.uint8)

@@ -116,9 +116,9 @@ def test_the_pictures_are_there(whole, name):
 def test_the_card_says_what_one_asks_before_a_long_run(whole):
     said = " ".join(whole[1].split())
     for text in [
-        "cpu (", "1 thread)", "fp32", "1 process", "attention=auto (sdpa)", "30 from",
-        "2 classes (dark, light)", "10 held-out", "few: each is 10.0 points", "nano/8", "backbone",
-        "dino_head", "0 to 12", "3.54e-04 at its peak", "8 images x (2 crops of 16 px + 2 of 8 px)",
+        "cpu (", "threads: 1)", "float32", "processes: 1", "attention=auto (sdpa)", "30 from",
+        "classes dark, light", "10 held-out", "nano/8", "backbone", "dino_head", "0 to 12",
+        "3.54e-04 at its peak", "8 images x (2 crops of 16 px + 2 of 8 px)",
         "an untrained network starts near dino_global", "ln K = 3.47", str(whole[0]),
     ]:  # fmt: skip
         assert text in said, text
@@ -139,7 +139,12 @@ def test_it_is_the_teacher_that_is_evaluated(monkeypatch):
 def test_pixels_that_would_fill_the_memory_are_no_floor(monkeypatch):
     monkeypatch.setattr(results.eval_knn, "evaluate", lambda *_: {"knn_20": 50.0})
     for images, fit in (9_469, True), (1_281_167, False):  # Imagenette, ImageNet; at 224 px
-        found = results.evaluate(None, (range(images), []), Config(), None, floors=True)
+        found = {}
+        report = SimpleNamespace(evaluation=lambda step, result: found.update(result))  # noqa: B023
+        run = SimpleNamespace(cfg=Config(), held_out=(range(images), []), device=None, known={})
+        run.report, run.teacher = report, SimpleNamespace(backbone=None)
+        run.cfg.log.pictures = False
+        results.evaluate_run(run, 0)
         assert ("knn_pixels" in found) == fit and found["knn_random"] == 50.0
 
 
@@ -158,7 +163,7 @@ def test_the_card_says_that_a_learning_rate_never_reaches_its_peak():
 LINE = (
     r"step 4/12  32 images  [\d,]+ images/s  ETA \d\d:\d\d  "
     r"loss [\d.]+ = dino_global [\d.]+ \+ dino_local [\d.]+ \+ ibot [\d.]+ \+ koleo -?[\d.]+  "
-    r"lr [\de.-]+  data wait \d+%  memory [\d.]+ GB"
+    r"lr [\de.-]+  data wait \d+%"
 )
 
 
@@ -194,7 +199,7 @@ def test_a_terminal_shows_everything_in_rows_of_its_width(tmp_path, photos):
     for row in [
         r"step 8/12 \|.*\| 64 images  [\d,]+ images/s  ETA \d\d:\d\d",
         r"loss [\d.]+ = dino_global [\d.]+ \+ dino_local [\d.]+ \+ ibot [\d.]+ \+ koleo -?[\d.]+",
-        r"lr [\de.-]+  data wait \d+%  memory [\d.]+ GB",
+        r"lr [\de.-]+  data wait \d+%",
     ]:
         found = [each for each in rows if re.fullmatch(row, each)]
         assert found and all(len(each) <= 80 for each in found), row
@@ -279,16 +284,6 @@ def test_damaged_images_of_every_rank_are_named(tmp_path):
 # ---- TensorBoard, W&B, collapse -----------------------------------------------------------------
 
 
-@pytest.mark.parametrize("package", ["tensorboard", "wandb"])
-def test_a_missing_package_is_one_line(tmp_path, monkeypatch, package):
-    for name in package, "torch.utils.tensorboard":
-        monkeypatch.setitem(sys.modules, name, None)  # importing it raises, installed or not
-    cfg = Config(out=str(tmp_path))
-    setattr(cfg.log, package, "x")
-    with pytest.raises(report.UserError, match=f"log.{package} .*: pip install {package}"):
-        report.open_writers(cfg, start=0)
-
-
 @pytest.mark.parametrize(
     "word, near",
     [("seed=0", 0.05), ("head.bottleneck=256", 0.02), ("loss.centering=softmax", 0.3)],
@@ -307,7 +302,7 @@ def test_an_untrained_network_starts_where_the_card_says(word, near):
 def test_photographs_whose_colours_stay_are_noted():
     def notes(*words):
         cfg = config.load(ROOT / "config.yaml", words)
-        return " ".join(card.notes(cfg, torch.device("cpu")))
+        return " ".join(card.notes(cfg))
 
     assert "start from configs/imagenette.yaml" in notes("data.root=/photos")
     assert not notes() and not notes("data.root=/photos", "augment.jitter=0.8")
@@ -398,21 +393,7 @@ def test_advice_looks_at_the_config_that_it_advises():
     assert "loss.koleo=0.1" in alike and "optim.lr=0.004" in alike
 
 
-@pytest.mark.parametrize(
-    "cores, processes, root, advised, not_advised",
-    [
-        (16, 1, "/photos", "more than data.workers=8, or smaller files", "more cores"),
-        (16, 2, "/photos", "more cores, or smaller files", "data.workers"),
-        (16, 1, "synthetic", "more than data.workers=8", "files"),  # it has none
-        (2, 1, "photos.npy", "more cores", "files"),
-    ],
-)
-def test_a_loop_that_waits_for_images_says_what_helps(
-    monkeypatch, cores, processes, root, advised, not_advised
-):
-    monkeypatch.setattr(os, "cpu_count", lambda: cores)
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
-    cfg = Config()
-    cfg.data.root = root
-    [said] = report.warnings_of(HEALTHY | {"data_wait": 0.45}, cfg)
-    assert "data wait 45%" in said and advised in said and not_advised not in said
+def test_a_loop_that_waits_for_images_says_what_helps():
+    [said] = report.warnings_of(HEALTHY | {"data_wait": 0.45}, Config())
+    assert "data wait 45%" in said and "data.workers=8" in said and "images pack" in said
+    assert not list(report.warnings_of(HEALTHY | {"data_wait": 0.25}, Config()))

@@ -84,7 +84,7 @@ def test_a_file_of_weights_serves_as_well_and_writes_here(draw):
 def test_attention_has_a_row_for_each_token_and_a_column_for_each_head(draw):
     assert draw("attention", "run", "a.jpg", "layer=0") == "wrote run/attention.png\n"
     width, height = Image.open("run/attention.png").size
-    side = 1300 // 6
+    side = 216
     assert (width, height) == (6 + 6 * (side + 6), 3 * (28 + round(side * 64 / 90) + 20) + 6)
     draw("attention", "run", "a.jpg", "layer=-6", "shifts=2", "out=h.png")
     assert Image.open("h.png").size == (width, height)
@@ -94,10 +94,10 @@ def test_match_draws_pairs_and_a_field(draw):
     words = ("match", "run", "a.jpg", "b.png", "shifts=1")
     assert draw(*words) == "wrote run/match.png\n"
     whole = np.asarray(Image.open("run/match.png"))
-    assert whole.shape == (2 * (28 + 420) + 6, 1000, 3)
+    assert whole.shape == (2 * (28 + 480) + 6, 6 + 2 * 486, 3)
     draw(*words, "foreground=true", "out=m.png")
-    black = (np.asarray(Image.open("m.png"))[476:896] == 0).all(axis=-1)
-    assert black.sum() > 1000 > (whole[476:896] == 0).all(axis=-1).sum()
+    black = (np.asarray(Image.open("m.png"))[536:] == 0).all(axis=-1)
+    assert black.sum() > 1000 > (whole[536:] == 0).all(axis=-1).sum()
 
 
 def test_neighbours_find_the_query_itself_first(draw, place):

@@ -39,9 +39,9 @@ def test_the_field_of_a_moved_image_is_moved_too(tmp_path):
     keep = [torch.ones(6, 8, dtype=torch.bool)] * 2
     path = matching.draw(white, maps, keep, tmp_path / "a.png")
     sheet = np.asarray(Image.open(path)).astype(int)
-    side, top = 482 / 8, sheet.shape[0] - 6 - 362
+    side, top = 480 / 8, sheet.shape[0] - 6 - 360
     rows, columns = (((np.arange(n) + 0.5) * side).astype(int) for n in (6, 8))
-    left, right = (sheet[top + rows[:, None], x + columns] for x in (6, 512))
+    left, right = (sheet[top + rows[:, None], x + columns] for x in (6, 492))
     assert abs(np.roll(left, (2, 3), (0, 1)) - right).max() <= 1 and np.ptp(left) > 200
 
 

@@ -67,9 +67,7 @@ def test_pca_colours_are_the_same_every_time_and_for_turned_features():
         assert max(same) <= 2
 
 
-@pytest.mark.parametrize(
-    "features", [torch.ones(3, 3, 8), torch.rand(3, 3, 2), torch.rand(1, 1, 4)]
-)
+@pytest.mark.parametrize("features", [torch.ones(3, 3, 8), torch.rand(1, 1, 4)])
 def test_pca_of_equal_or_few_features_is_still_a_picture(features):
     [colours] = patches.pca_colours([features])
     assert colours.shape == (*features.shape[:2], 3)
