@@ -7,17 +7,22 @@ waits for a number that nobody reads.
 import contextlib
 import json
 import math
+import platform
+import shutil
 import sys
+import textwrap
 import time
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
+import dinov2
+from attention import fastest
 from config import UserError, dump, replace_text, to_dict, writing
 from images.sources import most_damaged
-from monitor.card import device_name, start_card
-from parallel import lists_of_ranks, ranks, sum_over_ranks
+from optim import scaled_lr
+from parallel import compiles, dtype_of, lists_of_ranks, ranks, sum_over_ranks
 
 ELSEWHERE = "set out= to another place"
 TERMS = ("dino_global", "dino_local", "ibot", "koleo")
@@ -111,10 +116,9 @@ class Reporter:
             self.floors |= {name: result[name] for name in FLOORS if name in result}
             line = {"step": step, "images": step * self.cfg.batch, **result}
             self.write(line | {"seconds": self.seconds()})
-            floors = [f"{FLOORS[key]} {value:.1f} %" for key, value in self.floors.items()]
-            self.say(
-                f"step {step}: k-NN {result['knn']:.1f} % of held-out images ({', '.join(floors)})"
-            )
+            known = [f"{FLOORS[key]} {value:.1f} %" for key, value in self.floors.items()]
+            knn = f"{result['knn']:.1f} % of held-out images ({', '.join(known)})"
+            self.say(f"step {step}: k-NN {knn}")
         self.last, self.waited = (step, time.time()), 0.0  # not the loop's time
 
     def skipped(self, step, names):
@@ -137,13 +141,6 @@ class Reporter:
                 f"data.max_damaged={self.cfg.data.max_damaged:g}: they are named in "
                 f"{self.out / 'log.jsonl'}; mend or remove them, or raise the key"
             )
-
-    def summary(self, result):
-        """Write summary.json, last of all: a run folder that has one is complete."""
-        machine = {"device": f"{self.device} ({device_name(self.device)})"}
-        result = result | {"skipped_images": len(self.bad)} | machine | {"torch": torch.__version__}
-        with writing(self.out / "summary.json", ELSEWHERE):
-            replace_text(self.out / "summary.json", json.dumps(result, indent=1) + "\n")
 
     def close(self, message):
         """Last words."""
@@ -203,9 +200,8 @@ def warnings_of(line, cfg):
     """Signs of a collapse, once the warm-up is over, and of a loop that waits; in plain words."""
     if line["step"] > 1 and line["data_wait"] > 0.3:
         yield (
-            f"the loop waits for images (data wait {line['data_wait']:.0%}): what helps are more "
-            f"cores, with data.workers={cfg.data.workers} raised, or smaller files "
-            "(python -m images pack)"
+            f"the loop waits for images (data wait {line['data_wait']:.0%}): use more cores, "
+            f"more than data.workers={cfg.data.workers}, or smaller files (python -m images pack)"
         )
     if line["step"] < cfg.optim.warmup or "rankme" not in line:
         return
@@ -245,12 +241,9 @@ def read_log(run):
 
 def finished(cfg):
     """What to say of a run that is complete already, or "" for one that is not."""
-    if not Path(cfg.out, "summary.json").exists():
-        return ""
-    return (
-        f"{cfg.out} is finished ({cfg.steps:,} steps): nothing to do; "
-        f"set out= for a new run; to train on, let it start with init_from={cfg.out}"
-    )
+    there = Path(cfg.out, "summary.json").exists()
+    then = f"set out= for a new run; to train on, let it start with init_from={cfg.out}"
+    return f"{cfg.out} is finished ({cfg.steps:,} steps): {then}" if there else ""
 
 
 def open_writers(cfg, start):
@@ -274,3 +267,73 @@ def open_writers(cfg, start):
         run = wandb.init(project=cfg.log.wandb, dir=cfg.out, config=to_dict(cfg))
         writers.append((lambda line: run.log(line, step=line["step"]), run.finish))
     return writers
+
+
+# ---- the start card: everything one asks before a long run, on one screen ----------------------
+
+
+def start_card(cfg, source, held_out, student, device, start):
+    """Its text. start: so many steps were taken before."""
+    c, K, dtype = cfg.crops, cfg.head.prototypes, dtype_of(cfg)
+    longest = 1 + cfg.vit.registers + (c.global_size // cfg.vit.patch) ** 2
+    fast = f" ({fastest(device, dtype, longest)})" if cfg.attention == "auto" else ""
+    parts = [
+        f"{name} {sum(p.numel() for p in part.parameters()) / 1e6:.2f} M"
+        for name, part in student.named_children()
+    ]
+    values = [f"{name} {value:.3f}" for name, value in dinov2.start_values(cfg).items()]
+    knn = "none: it needs two classes or more, each with images to train on and held out"
+    if held_out:
+        knn = f"of {len(held_out[1]):,} held-out images among {len(held_out[0]):,} labelled ones"
+    rows = {
+        "device": f"{device} ({device_name(device)}), {dtype}, processes: {ranks()[1]}, "
+        f"parallel={cfg.parallel}, attention={cfg.attention}{fast}",
+        "images": f"{len(source):,} from {cfg.data.root}",
+        "classes": textwrap.shorten(", ".join(map(str, source.classes)), 80),
+        "left out": ", ".join(f"{n:,} {why}" for why, n in getattr(source, "left_out", {}).items()),
+        "k-NN": knn if cfg.log.knn else "off",
+        "network": f"{cfg.vit.size}/{cfg.vit.patch}: {', '.join(parts)} parameters",
+        "batch": f"{cfg.batch} images x (2 crops of {c.global_size} px + {c.local_count} of "
+        f"{c.local_size} px)",
+        "steps": f"{start:,} to {cfg.steps:,}, {cfg.steps * cfg.batch / len(source):.1f} epochs",
+        "lr": f"{scaled_lr(cfg.optim.lr, cfg.batch):.2e} at its peak (optim.lr={cfg.optim.lr:g} x "
+        f"sqrt({cfg.batch} / 1024))",
+        "loss": f"an untrained network starts near {', '.join(values)} "
+        f"(K = {K:,}, ln K = {math.log(K):.2f})",
+        "output": f"{cfg.out}/",
+        "note": "; ".join(notes(cfg)),
+    }
+    if cfg.distill.teacher:
+        rows["teacher"] = f"{cfg.distill.teacher}, frozen; iBOT on {cfg.distill.tokens} patches"
+    title = f"nanoDINOv2 continues after step {start:,}" if start else "nanoDINOv2 starts"
+    layout = textwrap.TextWrapper(
+        width=max(shutil.get_terminal_size((100, 24)).columns, 60),
+        subsequent_indent=" " * 11,
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
+    rows = [layout.fill(f"  {name:<9}{text}") for name, text in rows.items() if text]
+    return "\n".join([title, *rows])
+
+
+def notes(cfg):
+    """What a user should know of this combination of keys."""
+    a = cfg.augment
+    if cfg.data.channels != 3:
+        yield f"{cfg.data.channels} channels: colour changes need RGB and are left out"
+    elif cfg.data.root != "synthetic" and not any([a.jitter, a.grey, *a.blur, *a.solarize]):
+        yield (
+            "augment.* leaves all colours as they are, which photographs should not have: for "
+            "those start from configs/imagenette.yaml"
+        )
+    if cfg.optim.warmup > cfg.steps:
+        yield "the lr never reaches its peak: optim.warmup is longer than the run"
+    if compiles(cfg):
+        yield "the first step compiles the network, up to a minute (not with compile=false)"
+
+
+def device_name(device):
+    """The product behind a torch.device."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{platform.machine()}, threads: {torch.get_num_threads()}"

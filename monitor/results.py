@@ -13,8 +13,11 @@ import contextlib
 import json
 from pathlib import Path
 
+import torch
+
 import eval_knn
-from config import Config, documented, lookup
+from config import Config, documented, lookup, replace_text, writing
+from monitor.report import ELSEWHERE, device_name
 from pictures.history import draw_curves, keep_frame
 from pictures.neighbours import before_and_after
 from weights.load import load_backbone
@@ -81,10 +84,13 @@ def final_report(run):
     seconds = report.seconds()
     summary = {"knn": None, "knn_random": None, "knn_pixels": None, **report.floors, **scores}
     summary |= {"images": cfg.steps * cfg.batch, "seconds": seconds, "steps": cfg.steps}
+    summary |= {"skipped_images": len(report.bad), "torch": torch.__version__}
+    summary |= {"device": f"{run.device} ({device_name(run.device)})"}
     if cfg.log.pictures:
         draw_curves(report.out)
         trained = load_backbone(cfg.out).to(run.device)
         before_and_after(trained, held_out, run.source, cfg, report.out / "neighbours.png")
-    report.summary(summary)
+    with writing(report.out, ELSEWHERE):
+        replace_text(report.out / "summary.json", json.dumps(summary, indent=1) + "\n")
     said = compared(cfg, summary["knn"], report.floors)
     report.close(f"{said}done: {summary['images']:,} images in {seconds:.0f} s, see {report.out}/")

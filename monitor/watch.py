@@ -55,8 +55,7 @@ class Watch:
                 terms = [f"{k}={v.item():.4g}" for k, v in log.items() if not torch.isfinite(v)]
                 raise UserError(
                     f"step {at} is not finite ({', '.join(terms) or 'on another process'}) and was "
-                    f"not taken; checkpoints in {cfg.out} are kept; lower "
-                    f"optim.lr={cfg.optim.lr:g}, or if it is bf16 or fp16, set precision=fp32"
+                    f"not taken: lower optim.lr={cfg.optim.lr:g}, or set precision=fp32"
                 )
             asked_to_stop = max(asked_to_stop, int(number))
         return asked_to_stop

@@ -26,8 +26,6 @@ from pictures.neighbours import spread
 from pictures.patches import patch_features, steady_colours
 from pictures.plot import Line, Page, panel
 
-# ---- curves -----------------------------------------------------------------------------------
-
 # key in the log, name in the legend, colour
 LOSSES = [
     ("loss", "total", plot.INK),
@@ -47,10 +45,7 @@ FLOOR_COLOURS = (plot.PINK, plot.GREY, plot.ORANGE, plot.SKY)
 
 
 def draw_curves(run, path=None, others=()):
-    """Draw the log of a run so far, and pale beside it those of others; returns where.
-
-    Each is a run folder or a .jsonl file.
-    """
+    """Draw the log of a run (a folder or .jsonl), and pale beside it those of others."""
     rows, *logs = [read_log(each) for each in (run, *others)]
     last = max(row["step"] for log in (rows, *logs) for row in log)
 
@@ -59,19 +54,16 @@ def draw_curves(run, path=None, others=()):
         lines = [Line("", pale, series(log, key), thin=True) for log in logs]
         return [line for line in (*lines, Line(name, hue, series(rows, key))) if line.points]
 
-    knn = lines_of("knn", f"DINOv2{latest(rows, 'knn')}", plot.BLUE)
+    knn = lines_of("knn", "DINOv2", plot.BLUE)
     for (key, name), hue in zip(FLOORS.items(), FLOOR_COLOURS, strict=True):
         for value in [*series(rows, key).values()][-1:]:
             knn.append(Line(f"{name} {value:.1f} %", hue, {0: value, last: value}, thin=True))
 
     page = Page(1200, 700)
-    page.text(30, 28, name_of(run), 20, anchor="lm")
-    images = max(series(rows, "images").values(), default=0)
-    done = max(row["step"] for row in rows)
-    page.text(1170, 28, f"step {done:,},  {images:,} images", 13, plot.GREY, "rm")
+    page.text(30, 28, name_of(run, rows), 20, anchor="lm")
     if others:
-        names = map(lambda run, log: name_of(run) + latest(log, "knn"), others, logs)
-        page.text(30, 52, "pale: " + ", ".join(names), 12, plot.GREY, "lm")
+        pale = ";  ".join(map(name_of, others, logs))
+        page.text(30, 52, f"pale: {pale}", 12, plot.GREY, "lm")
     losses = [line for each in LOSSES for line in lines_of(*each)]
     panel(page, (30, 70, 585, 430), "Losses", losses, last)
     panel(page, (615, 70, 1170, 430), "k-NN accuracy (%)", knn, last, from_zero=True)
@@ -81,22 +73,17 @@ def draw_curves(run, path=None, others=()):
     return sheets.write(page.finished(), path or Path(run, "curves.png"))
 
 
-def name_of(run):
-    return Path(run).resolve().name.removesuffix(".jsonl")
-
-
-def latest(rows, key):
-    """` 84.0 %`, the last value of a log, or nothing."""
-    return "".join(f" {value:.1f} %" for value in list(series(rows, key).values())[-1:])
+def name_of(run, rows):
+    """`default, step 700, k-NN 81.5 %`"""
+    knn = [f", k-NN {value:.1f} %" for value in series(rows, "knn").values()]
+    name = Path(run).resolve().name.removesuffix(".jsonl")
+    return f"{name}, step {max(row['step'] for row in rows):,}{''.join(knn[-1:])}"
 
 
 def series(rows, key):
     """{step: value}, ascending. A resumed run repeats steps: the later line counts."""
     found = {row["step"]: row[key] for row in rows if row.get(key) is not None}
     return dict(sorted(found.items()))
-
-
-# ---- frames -----------------------------------------------------------------------------------
 
 
 def keep_frame(step, backbone, source, cfg):
@@ -111,11 +98,9 @@ def keep_frame(step, backbone, source, cfg):
     features = [patch_features(backbone, i, mean, std, dtype=dtype) for i in images]
     if ranks()[0]:
         return
-    arrays = {f"features_{i}": f.half().numpy() for i, f in enumerate(features)}
-    arrays |= {
-        f"image_{i}": np.asarray(sheets.fit(sheets.picture(x), min(320, max(x.shape[:2]))))
-        for i, x in enumerate(images)
-    }
+    images = [sheets.fit(sheets.picture(x), min(320, max(x.shape[:2]))) for x in images]
+    arrays = {f"image_{i}": np.asarray(x) for i, x in enumerate(images)}
+    arrays |= {f"features_{i}": f.half().numpy() for i, f in enumerate(features)}
     folder = Path(cfg.out, "frames")
     with writing(folder, "set log.pictures=false to do without"):
         folder.mkdir(parents=True, exist_ok=True)
@@ -130,10 +115,8 @@ def animate(run, path, milliseconds=500, side=160):
     """PCA colours of the images in RUN/frames, which train.py kept at each k-NN evaluation."""
     files = sorted(Path(run, "frames").glob("*.npz"))
     if len(files) < 2:
-        raise UserError(
-            f"{run}/frames: {len(files)} frames; train with log.pictures=true and log.knn_every= "
-            "of a fraction of steps="
-        )
+        wanted = "train with log.pictures=true and log.knn_every= of a fraction of steps="
+        raise UserError(f"{run}/frames: {len(files)} frames; {wanted}")
     frames = []
     for file in files:
         arrays = dict(np.load(file))
@@ -151,9 +134,6 @@ def animate(run, path, milliseconds=500, side=160):
     lasting = [milliseconds] * (len(files) - 1) + [5 * milliseconds]
     more = {"save_all": True, "append_images": pictures[1:], "duration": lasting, "loop": 0}
     return sheets.write(pictures[0], path, **more)
-
-
-# ---- crops ------------------------------------------------------------------------------------
 
 
 def draw_crops(source, cfg, path):

@@ -19,6 +19,7 @@ from parallel import progress
 from pictures import sheets
 from pictures.plot import GREEN
 
+COUNT = 5  # neighbours that are shown
 MOST = 2000  # images that a finished run is searched in: its last picture must not take long
 
 
@@ -37,25 +38,25 @@ def cls_features(net, source, cfg, what, batch=256):
     return torch.cat(features)[good_N], good_N.nonzero().flatten()
 
 
-def nearest(net, queries, pool, cfg, count):
+def nearest(net, queries, pool, cfg):
     """(For each query the images of the pool that are most like it: [(cosine, place), ...],
     how many images of the pool can be read)."""
     pool_ND, place_N = cls_features(net, pool, cfg, "data set")
     # One by one, as some may have 8 bits and others 16.
     query_QD, _ = cls_features(net, queries, cfg, "queries", batch=1)
-    cosines, rows = (query_QD @ pool_ND.T).topk(min(count, len(pool_ND)), dim=1)
+    cosines, rows = (query_QD @ pool_ND.T).topk(min(COUNT, len(pool_ND)), dim=1)
     both = zip(cosines.tolist(), place_N[rows].tolist(), strict=True)
     return [list(zip(*pair, strict=True)) for pair in both], len(pool_ND)
 
 
-def draw(networks, queries, pool, cfg, path, count):
+def draw(networks, queries, pool, cfg, path):
     """A row for each query: the images of the pool that are nearest to it, by each network.
 
     networks  {title: backbone}, where {n} is how many images are searched; of a single one the
               cosines are written too
     An image whose class is known to be that of the query has a green frame.
     """
-    results = [nearest(net, queries, pool, cfg, count) for net in networks.values()]
+    results = [nearest(net, queries, pool, cfg) for net in networks.values()]
     found, searched = zip(*results, strict=True)
     side, rows = 104, []
     for q in range(len(queries)):
@@ -77,16 +78,16 @@ def draw(networks, queries, pool, cfg, path, count):
     return sheets.write(sheets.bands(rows, side, per_row=len(pictures)), path)
 
 
-def before_and_after(trained, sources, source, cfg, path, most=MOST, count=5):
+def before_and_after(trained, sources, source, cfg, path, most=MOST):
     """Neighbours of some held-out images, before and after training, as a picture.
 
     sources  (images to search, held-out ones), or None without labels: then some images of `source`
              ask for their neighbours among the others, or if there are few, among all
-    most     search so many images, drawn at random; 0: all
+    most     search so many images, drawn at random
     """
     pool, test = sources or (source, source)
     asking = spread(test, 6)
-    places = set(random.Random(0).sample(range(len(pool)), min(most or len(pool), len(pool))))
+    places = set(random.Random(0).sample(range(len(pool)), min(most, len(pool))))
     if not sources and len(places) > 2 * len(asking):
         places -= set(asking)
     green = ";  green: of the query's class" if len(test.classes) > 1 else ""
@@ -94,7 +95,7 @@ def before_and_after(trained, sources, source, cfg, path, most=MOST, count=5):
         "nearest of {n} images, by the untrained network": untrained(trained, cfg.seed),
         f"by the trained network{green}": trained,
     }
-    return draw(networks, Part(test, asking), Part(pool, sorted(places)), cfg, path, count)
+    return draw(networks, Part(test, asking), Part(pool, sorted(places)), cfg, path)
 
 
 def spread(source, count):

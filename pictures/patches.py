@@ -1,4 +1,4 @@
-"""What a backbone says about each place of an image: patch features, attention, PCA colours.
+"""What a backbone says about places of images: features, attention, PCA colours, what matches.
 
     features = [patch_features(net, image, mean, std) for image in images]   # (H, W, D) each
     colours = pca_colours(features)                                          # (H, W, 3) each
@@ -163,8 +163,7 @@ def foreground(features):
     """Which patches show the objects: bool (H, W) per image, jointly over the images.
 
     The first principal direction separates objects from what is around them (DINOv2, section 7.5).
-    The foreground is the side of its mean that is rarer along the borders of the images than in
-    them.
+    The foreground is the side of its mean that is rarer along the borders of images than inside.
     """
     above = as_maps(components(features, count=1)[:, 0] > 0, features)
     border = torch.cat([torch.cat((a[0], a[-1], a[:, 0], a[:, -1])) for a in above])
@@ -188,3 +187,21 @@ def steady_colours(frames):
         after_N3 = x_N3 / x_N3.norm().clamp(min=1e-30)
         coloured.append([m.numpy() for m in as_maps(stretched(x_N3), features)])
     return coloured[::-1]
+
+
+def nearest(a, b):
+    """For every patch of a (H, W, D) the most similar one of b, by cosine: row * W_b + column."""
+    a_ND, b_ND = (F.normalize(x.flatten(0, 1).float(), dim=1) for x in (a, b))
+    parts = [(rows @ b_ND.T).argmax(dim=1) for rows in a_ND.split(4096)]  # bounded memory
+    return torch.cat(parts).unflatten(0, a.shape[:2])
+
+
+def mutual_nearest(a, b):
+    """Pairs (K, 2) of patches of a and of b that are each other's nearest, row * W + column.
+
+    A pair that holds both ways is far more often right than one that does not.
+    """
+    to_b, to_a = nearest(a, b).flatten(), nearest(b, a).flatten()
+    here = torch.arange(len(to_b))
+    here = here[to_a[to_b] == here]
+    return torch.stack((here, to_b[here]), dim=1)

@@ -78,7 +78,6 @@ def panel(page, box, title, lines, last, from_zero=False):
     left, top, bottom = left + 42, top + (56 if named else 28), bottom - 24
     values = [value for line in lines for value in line.points.values()]
     if not values:
-        page.text((left + right) / 2, (top + bottom) / 2, "no values yet", 13, GREY, "mm")
         return
     low, high = min(values), max(values)
     room = 0.06 * (high - low) or 0.1 * abs(high) or 0.1
@@ -133,11 +132,8 @@ def ticks(low, high, count, least=0.0):
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(power * m for m in (1, 2, 5, 10) if power * m >= rough * 0.999)
     first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
-    values = [n * step for n in range(first, last + 1)]
-    if high >= 10_000:
-        return [(value, f"{value / 1000:g}k" if value else "0") for value in values]
     decimals = max(0, -math.floor(math.log10(step) + 1e-9))
-    return [(value, f"{value:.{decimals}f}") for value in values]
+    return [(n * step, f"{n * step:,.{decimals}f}") for n in range(first, last + 1)]
 
 
 def trend(values, width):

@@ -89,8 +89,8 @@ def picture(pixels):
     As in augment.py, integers other than uint8 end at their largest value; floats at 1, or above.
     """
     if pixels.dtype != np.uint8:
-        floats = pixels.dtype.kind not in "iu"
-        most = max(1, pixels.max()) if floats else np.iinfo(pixels.dtype).max
+        kind = pixels.dtype
+        most = np.iinfo(kind).max if kind.kind in "iu" else max(1, pixels.max())
         pixels = (pixels.astype(np.float32) / most * 255).round().clip(0, 255).astype(np.uint8)
     if pixels.shape[2] < 3:
         pixels = pixels[:, :, :1].repeat(3, axis=2)
@@ -118,3 +118,18 @@ def overlay(pixels, values, side):
     grey = np.asarray(image.convert("L"), np.float32)[:, :, None]
     share = 0.15 + 0.8 * values[:, :, None]
     return (grey * (1 - share) + np.asarray(heat) * share).astype(np.uint8)
+
+
+def position_colours(rows, columns):
+    """uint8 (rows, columns, 3): hue goes with the column, depth with the row."""
+    y, x = np.mgrid[0 : 1 : rows * 1j, 0 : 1 : columns * 1j]
+    hsv = np.stack([216 * x, 110 + 145 * y, 255 - 110 * y], axis=-1).astype(np.uint8)
+    return np.asarray(Image.fromarray(hsv, "HSV").convert("RGB"))
+
+
+def tinted(pixels, colours):
+    """An image in the colours (h, w, 3) of its patches: its own light remains, its hue does not."""
+    image = fit(picture(pixels), 1440)
+    colours = np.asarray(Image.fromarray(colours).resize(image.size, Image.Resampling.NEAREST))
+    light = np.asarray(image.convert("L"), np.float32)[:, :, None] / 255
+    return (colours * (0.55 + 0.45 * light)).astype(np.uint8)

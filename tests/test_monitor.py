@@ -25,7 +25,7 @@ import dinov2
 import train
 from config import Config
 from images.sources import most_damaged, open_source
-from monitor import card, report, results
+from monitor import report, results
 from optim import schedules
 
 TERMS = ["dino_global", "dino_local", "ibot", "koleo"]
@@ -156,7 +156,7 @@ def test_the_card_says_that_a_learning_rate_never_reaches_its_peak():
     cfg.data.root = "synthetic"
     for steps, said in [(20, True), (200, False)]:
         cfg.steps, cfg.optim.warmup = steps, 100
-        told = card.start_card(cfg, Images([0]), None, nn.Sequential(), torch.device("cpu"), 0)
+        told = report.start_card(cfg, Images([0]), None, nn.Sequential(), torch.device("cpu"), 0)
         assert ("never reaches its peak: optim.warmup" in " ".join(told.split())) == said
 
 
@@ -302,7 +302,7 @@ def test_an_untrained_network_starts_where_the_card_says(word, near):
 def test_photographs_whose_colours_stay_are_noted():
     def notes(*words):
         cfg = config.load(ROOT / "config.yaml", words)
-        return " ".join(card.notes(cfg))
+        return " ".join(report.notes(cfg))
 
     assert "start from configs/imagenette.yaml" in notes("data.root=/photos")
     assert not notes() and not notes("data.root=/photos", "augment.jitter=0.8")

@@ -100,13 +100,26 @@ def test_match_draws_pairs_and_a_field(draw):
     assert black.sum() > 1000 > (whole[536:] == 0).all(axis=-1).sum()
 
 
+def test_the_field_of_a_moved_image_is_moved_too(draw, monkeypatch):
+    """Each patch on the right has the colour of the place on the left that it came from."""
+    one = torch.randn(6, 8, 16)
+    maps = [one, one.roll((2, 3), (0, 1))]
+    monkeypatch.setattr(visualize.Network, "features", lambda *_: maps)
+    Image.new("RGB", (80, 60), "white").save("white.png")
+    draw("match", "run", "white.png", "white.png", "out=m.png")
+    sheet = np.asarray(Image.open("m.png")).astype(int)
+    rows, columns = (((np.arange(n) + 0.5) * 60).astype(int) for n in (6, 8))
+    left, right = (sheet[28 + 360 + 28 + rows[:, None], x + columns] for x in (6, 492))
+    assert abs(np.roll(left, (2, 3), (0, 1)) - right).max() <= 1 and np.ptp(left) > 200
+
+
 def test_neighbours_find_the_query_itself_first(draw, place):
     photos = make_photos(place / "photos")
     query = sorted(photos.glob("train/dark/*.png"))[3]
-    said = draw("neighbours", "run", query, f"data={photos}", "count=3")
+    said = draw("neighbours", "run", query, f"data={photos}")
     assert said == "wrote run/similar.png\n"  # the run's own neighbours.png stays as it is
     sheet = np.asarray(Image.open("run/similar.png"))
-    assert sheet.shape[1] == 6 + 110 + 18 + 3 * 110
+    assert sheet.shape[1] == 6 + 110 + 18 + 5 * 110
     assert (sheet[28:117, 6:110] == sheet[28:117, 134:238]).all()
     assert (sheet[28:117, 6:110] != sheet[28:117, 244:348]).any()
 
@@ -118,16 +131,16 @@ def green(sheet):
 
 def test_neighbours_before_and_after_are_framed_where_they_are_of_the_class(draw, place):
     photos = make_photos(place / "photos")
-    draw("neighbours", "run", f"data={photos}", "count=3", "out=n.png")  # held-out images ask
+    draw("neighbours", "run", f"data={photos}", "out=n.png")  # held-out images ask
     sheet = np.asarray(Image.open("n.png"))
-    assert sheet.shape == (28 + 6 * (90 + 20) + 6 * 6, 6 + 7 * 110 + 2 * 18, 3)  # 7 : 6 in all
-    frame, most = 104 * 90 - 96 * 82, 6 * 2 * 3  # dark and light are told apart by anything
+    assert sheet.shape == (28 + 6 * (90 + 20) + 6 * 6, 6 + 11 * 110 + 2 * 18, 3)  # 7 : 6 in all
+    frame, most = 104 * 90 - 96 * 82, 6 * 2 * 5  # dark and light are told apart by anything
     assert green(sheet) % frame == 0 and most / 2 < green(sheet) / frame <= most
     bare = place / "bare"
     bare.mkdir(exist_ok=True)
     for i, file in enumerate(sorted(photos.glob("train/*/*.png"))[:8]):
         (bare / f"{i}.png").write_bytes(file.read_bytes())
-    draw("neighbours", "run", f"data={bare}", "count=3", "out=n.png")  # no classes: no frames
+    draw("neighbours", "run", f"data={bare}", "out=n.png")  # no classes: no frames
     assert green(np.asarray(Image.open("n.png"))) == 0
 
 
@@ -135,7 +148,7 @@ def test_images_of_one_class_are_not_framed(draw, place):
     folder = make_photos(place / "photos") / "train"
     (place / "album").mkdir(exist_ok=True)
     (folder / "dark").rename(place / "album" / "dark")
-    draw("neighbours", "run", f"data={place / 'album'}", "count=3", "out=n.png")
+    draw("neighbours", "run", f"data={place / 'album'}", "out=n.png")
     (place / "album" / "dark").rename(folder / "dark")
     assert green(np.asarray(Image.open("n.png"))) == 0
 
@@ -160,7 +173,7 @@ def test_queries_of_8_and_of_16_bits_are_read_alike(place):
     network = visualize.Network(place / "run")
     flat, deep = place / "flat.npy", place / "deep.npy"
     pool, asking = (visualize.unlabelled(network, files) for files in ([flat], [flat, deep]))
-    [[one], [same]], _ = neighbours.nearest(network.net, asking, pool, network.cfg, 1)
+    [[one], [same]], _ = neighbours.nearest(network.net, asking, pool, network.cfg)
     assert one[0] > 0.999 and same[0] > 0.999
 
 
@@ -175,8 +188,8 @@ def test_a_damaged_image_is_nobodys_neighbour_and_asks_for_none(place, monkeypat
 
     monkeypatch.setattr(source, "read", read)
     assert 2 not in neighbours.spread(source, 6)
-    found, searched = neighbours.nearest(network.net, source, source, network.cfg, 3)
-    assert searched == len(found) == 5 and all(len(pairs) == 3 for pairs in found)
+    found, searched = neighbours.nearest(network.net, source, source, network.cfg)
+    assert searched == len(found) == 5 and all(len(pairs) == 5 for pairs in found)
     assert 2 not in [i for pairs in found for _, i in pairs]
 
 
@@ -293,8 +306,8 @@ def test_the_islands_of_the_readme_are_those_that_the_script_draws(tmp_path):
         ("pca run damaged.jpg", "damaged.jpg: image file is truncated"),
         ("pca run words.json", "words.json: not a picture"),
         ("pca run five.npy", "five.npy: 5 channels"),
-        ("pca run five.npy", "this network reads images of 3 channels"),
-        ("pca five a.jpg", "this network reads images of 5 channels"),
+        ("pca run five.npy", "(the network reads 3)"),
+        ("pca five a.jpg", "(the network reads 5)"),
         ("pca run bright.npy", "bright.npy: floats far from data.mean"),
         ("match run a.jpg nan.npy", "nan.npy: NaN or infinite pixels"),
         ("pca run a.jpg shifts=big", "shifts must be a whole number, got big"),
@@ -304,7 +317,6 @@ def test_the_islands_of_the_readme_are_those_that_the_script_draws(tmp_path):
         ("pca run a.jpg out=no/where.png", "no/where.png: cannot be written"),
         ("attention run a.jpg layer=6", "layer=6: the network has blocks 0 to 5"),
         ("attention run a.jpg layer=-7", "layer=-7: the network has blocks 0 to 5"),
-        ("neighbours run a.jpg count=0", "count=0 must be at least 1"),
         ("neighbours run a.jpg data=none", "none: no such folder or file"),
         ("neighbours run a.jpg", "data is empty: name the images to search"),
     ],

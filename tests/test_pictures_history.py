@@ -78,7 +78,7 @@ def test_other_logs_lie_pale_beside_the_own_one(tmp_path):
 
 
 def test_ticks_are_round_and_inside():
-    assert [words for _, words in plot.ticks(0, 1600, 6)] == [str(n) for n in range(0, 1601, 200)]
+    assert [words for _, words in plot.ticks(0, 1600, 6)] == [f"{n:,}" for n in range(0, 1601, 200)]
     assert [words for _, words in plot.ticks(-0.61, 0.3, 4)] == [
         "-0.6",
         "-0.4",
@@ -88,12 +88,12 @@ def test_ticks_are_round_and_inside():
     ]
     assert [words for _, words in plot.ticks(0, 125_000, 6)] == [
         "0",
-        "20k",
-        "40k",
-        "60k",
-        "80k",
-        "100k",
-        "120k",
+        "20,000",
+        "40,000",
+        "60,000",
+        "80,000",
+        "100,000",
+        "120,000",
     ]
     assert [words for _, words in plot.ticks(0, 3, 6, least=1)] == ["0", "1", "2", "3"]
     for low, high in np.random.rand(50, 2) * [[1, 1000]] + [[0, 1.01]]:

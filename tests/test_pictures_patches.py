@@ -202,3 +202,27 @@ def test_shifted_attention_maps_keep_their_share():
     share = each[..., 2:].sum(dim=-1).mean(dim=0).T  # what patches get, over all views
     assert torch.allclose(maps.sum(dim=(2, 3)), share) and (share < 1).all()
     assert torch.allclose(maps[0, 1, 1::2, 0::2] * 4, each[2, 1, 0, 2:].reshape(4, 6), atol=1e-6)
+
+
+# ---- matching -----------------------------------------------------------------------------------
+
+
+def test_mutual_nearest_neighbours_are_those_of_a_double_loop():
+    a, b = torch.randn(4, 5, 8), torch.randn(3, 6, 8)
+    flat_a, flat_b = a.flatten(0, 1), b.flatten(0, 1)
+    cosine = torch.stack([torch.cosine_similarity(row[None], flat_b) for row in flat_a])
+    want = []
+    for i in range(20):
+        for j in range(18):
+            if cosine[i, j] == cosine[i].max() and cosine[i, j] == cosine[:, j].max():
+                want.append([i, j])
+    assert patches.mutual_nearest(a, b).tolist() == want
+    assert 1 < len(want) < 18
+
+
+def test_nearest_is_that_of_a_loop_however_it_is_cut():
+    a, b = torch.randn(70, 70, 4), torch.randn(3, 3, 4)  # more rows than one chunk
+    place = patches.nearest(a, b)
+    assert place.shape == (70, 70)
+    for y, x in [(0, 0), (58, 36), (69, 69)]:
+        assert place[y, x] == torch.cosine_similarity(a[y, x][None], b.flatten(0, 1)).argmax()

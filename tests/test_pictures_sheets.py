@@ -119,3 +119,9 @@ def test_an_overlay_is_brightest_where_the_map_is_largest():
 def test_an_unwritable_place_gets_one_line(tmp_path):
     with pytest.raises(UserError, match="cannot be written"):
         sheets.write(Image.new("RGB", (4, 4)), tmp_path / "none" / "a.png")
+
+
+def test_position_colours_of_different_places_differ():
+    wheel = sheets.position_colours(12, 16).reshape(-1, 3).astype(int)
+    apart = abs(wheel[:, None] - wheel[None]).sum(axis=-1) + 99 * np.eye(len(wheel))
+    assert apart.min() > 3
