@@ -183,7 +183,7 @@ class Log:
     keep_every: int = 0  # steps between teachers that are kept, as out/teachers/*.pt; 0: none
     pictures: bool = True  # curves, crops and neighbours in the run folder
     tensorboard: bool = False  # also write TensorBoard files (pip install tensorboard)
-    wandb: str = ""  # project name: also send the log to Weights & Biases; empty: do not
+    wandb: str = ""  # project: also send the log to Weights & Biases (pip install wandb); empty: no
 
 
 @dataclass
