@@ -5,9 +5,8 @@
 RUN is a run folder, a file of weights or a released name. A mask is a PNG whose pixels (palette or
 grey) are numbers of classes; 255 is not counted. FOLDER may hold train/ and val/ with images/ and
 masks/ each; else a random fifth is tested.
-The layer is a logistic regression on patch tokens, whose penalty held-out images choose. Scores
-of patches are enlarged to the size of the mask (bilinear); the class with the highest
-wins.
+A logistic regression on patch tokens is the layer; held-out images choose its penalty. Its scores
+are enlarged to the size of the mask (bilinear), and the class with the highest one wins.
     IoU of a class = pixels that are it and are called it / pixels that are it or are called it
 counted over all test images together; the mean is over the classes that occur.
 (DINOv2 section 7.4. Differs from the official code, which trains batch norm and a linear layer for
