@@ -3,32 +3,26 @@
     python -m bench WHAT [CONFIG.yaml] [key=value ...] [profile]
     python -m bench step configs/vitl16.yaml batch=16
 
-WHAT is step, data, attention or augment: functions of these names make the work below, and
+WHAT is step, data or attention: functions of these names make the work below, and
 measure.py times it. Images are made in memory unless data.root=... is given; only "data", which
 measures loading too, reads those of the config. "profile" also prints the operations that took
 longest. scripts/benchmarks.py measures the same beside the official code and LightlySSL.
 """
 
 import atexit
-import io
-import random
 import sys
 from dataclasses import replace
 from functools import partial
 
-import numpy as np
 import torch
-from PIL import Image
 
 import config
 from attention import attend, check_backend, pack
-from augment import colour, crops
 from bench.measure import Work, longest, measure, table
 from bench.plan import plan_step, update
 from config import UserError
 from data import loader
 from dinov2 import LARGE_CROPS, ema_update, objective
-from images.reader import read_image
 from images.sources import open_source
 from optim import schedules, set_schedule
 from parallel import check_launch, dtype_of, pick_device
@@ -137,44 +131,9 @@ def attention(cfg, device):
     return Work(f"Attention of one block: {described(cfg)}", contenders, cfg.batch)
 
 
-def jpeg(height, width, quality):
-    """The bytes of a JPEG: smooth structure and fine texture, always the same."""
-    rng, pixels = np.random.default_rng(0), 0
-    for cells, weight in (4, 0.45), (16, 0.35), (max(height, width), 0.2):
-        layer = Image.fromarray(rng.uniform(0, 255, (cells, cells, 3)).astype(np.uint8))
-        pixels += weight * np.float32(layer.resize((width, height), Image.Resampling.BICUBIC))
-    Image.fromarray(pixels.astype(np.uint8)).save(file := io.BytesIO(), "JPEG", quality=quality)
-    return file.getvalue()
-
-
-def augment(cfg, device):
-    """From the bytes of a JPEG to normalised crops, on one core."""
-    torch.set_num_threads(1)
-    c, mean, std = cfg.crops, cfg.data.mean, cfg.data.std
-    small = c.global_size < 100
-    height, width, quality, count = (32, 32, 79, 64) if small else (375, 500, 95, 16)
-    file = jpeg(height, width, quality)
-
-    def ours(clock):
-        rng = random.Random(0)
-        images = [read_image(file) for _ in range(count)]
-        clock.mark("decode")
-        cut, look = zip(*(crops(image, rng, cfg) for image in images), strict=True)
-        clock.mark("crops")
-        look = torch.stack(look)
-        for which in slice(0, LARGE_CROPS), slice(LARGE_CROPS, None):
-            pixels = torch.stack([crop for image in cut for crop in image[which]])
-            colour(pixels, look[:, which].flatten(0, 1), mean, std)
-        clock.mark("colour")
-
-    title = f"Augmentation: {LARGE_CROPS} x {c.global_size} + {c.local_count} x {c.local_size} px"
-    title += f" of a {width} x {height} JPEG of {len(file) / 1000:.3g} kB, one core"
-    return Work(title, {"ours": ours}, count, given=(file, count))
-
-
 # ---- command line -------------------------------------------------------------------------------
 
-WHAT = {work.__name__: work for work in (step, data, attention, augment)}
+WHAT = {work.__name__: work for work in (step, data, attention)}
 
 
 def arguments(argv, works=WHAT):

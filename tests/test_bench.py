@@ -156,15 +156,6 @@ def test_the_processes_of_a_loader_end_before_the_program(photos, monkeypatch):
     assert not multiprocessing.active_children() and batches
 
 
-def test_augmentation_starts_from_a_jpeg_of_the_stated_size():
-    assert len(bench.jpeg(375, 500, 95)) == pytest.approx(110_000, rel=0.03)
-    assert len(bench.jpeg(32, 32, 79)) == pytest.approx(1_000, rel=0.1)
-    work = bench.augment(config.load(TINY), CPU)
-    assert "500 x 375" not in work.title and "32 x 32" in work.title
-    work.contenders["ours"](clock := Clock(CPU))
-    assert list(clock.seconds()) == ["decode", "crops", "colour"]
-
-
 @pytest.mark.parametrize(
     "words, message",
     [

@@ -10,8 +10,9 @@ import pytest
 import torch
 from running import ROOT, TINY
 
+import config
 from bench import measure
-from bench.measure import Work
+from bench.measure import Clock, Work
 from config import UserError
 
 sys.path.insert(0, str(ROOT / "scripts"))
@@ -19,6 +20,18 @@ import benchmarks
 import peers
 
 CPU = torch.device("cpu")
+
+
+# ---- parts alone --------------------------------------------------------------------------------
+
+
+def test_augmentation_starts_from_a_jpeg_of_the_stated_size():
+    assert len(benchmarks.jpeg(375, 500, 95)) == pytest.approx(110_000, rel=0.03)
+    assert len(benchmarks.jpeg(32, 32, 79)) == pytest.approx(1_000, rel=0.1)
+    work = benchmarks.augment(config.load(TINY), CPU)
+    assert "500 x 375" not in work.title and "32 x 32" in work.title
+    work.contenders["ours"](clock := Clock(CPU))
+    assert list(clock.seconds()) == ["decode", "crops", "colour"]
 
 
 # ---- the comparison -----------------------------------------------------------------------------
