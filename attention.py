@@ -130,9 +130,9 @@ def block_diagonal(groups, device):
 def fastest(device, dtype, longest):
     """The backend that `auto` stands for, where crops have up to `longest` tokens.
 
-    `python -m bench attention` measures them all. In bf16 on a CPU the fused kernel took 2 to 12
-    times as long as plain attention for 17 to 785 tokens (AMD Zen 5, PyTorch 2.13). On an H100, for
-    crops of two sizes, sdpa takes 1.4 to 1.6 times as long as short, and the others longer.
+    `scripts/benchmarks.py attention` measures them all. In bf16 on a CPU the fused kernel took 2 to
+    12 times as long as plain attention for 17 to 785 tokens (AMD Zen 5, PyTorch 2.13). On an H100,
+    for crops of two sizes, sdpa takes 1.4 to 1.6 times as long as short, and the others longer.
     """
     from kernels.build import can_build
 

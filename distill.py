@@ -134,12 +134,8 @@ def open_teacher(cfg, device):
     wrap(network, its, train=False)
     network.to_empty(device=device)
     how = its.vit.interpolate_offset, its.vit.interpolate_antialias
-    put_parts([network], parts, how, title(path))
+    put_parts([network], parts, how, f"distill.teacher={path}")
     return network.requires_grad_(False).eval()
-
-
-def title(path):
-    return f"distill.teacher={path}"
 
 
 def read_teacher(path, cfg):
@@ -167,16 +163,17 @@ def check_match(its, cfg, path, heads):
     for key, ours, theirs in pairs:
         if ours != theirs:
             fix = f"{key}={config.shown(theirs)}"
-            raise UserError(f"{key}={config.shown(ours)}, but {title(path)} has {fix}: set {fix}")
+            raise UserError(
+                f"{key}={config.shown(ours)}, but distill.teacher={path} has {fix}: set {fix}"
+            )
 
 
 def train_its_heads(path, its, cfg, device):
     """Train heads on the frozen backbone of a teacher without any, in out/heads; its new file."""
     if not cfg.head_steps:
-        raise UserError(f"{title(path)} has no heads: set head_steps, the number of steps that "
-                        "first train some on its frozen backbone")  # fmt: skip
-    print_once(f"the teacher has no heads: {cfg.head_steps:,} steps train some on its frozen "
-               "backbone (our way; the official heads were never released)")  # fmt: skip
+        fix = "set head_steps, the number of steps that first train some on its frozen backbone"
+        raise UserError(f"distill.teacher={path} has no heads: {fix}")
+    print_once(f"the teacher has no heads: {cfg.head_steps:,} steps train some, backbone frozen")
     first = copy.deepcopy(cfg)
     first.vit, first.init_from, first.distill = its.vit, str(path), config.Distill()
     train_heads(first, device)

@@ -100,17 +100,8 @@ def param_groups(network, layer_decay=1.0, patch_embed_lr=1.0):
         if not parameter.requires_grad:
             continue
         key = multipliers(name, network.backbone.depth, layer_decay, patch_embed_lr)
-        lr_mult, wd_mult, last_layer = key
-        group = groups.setdefault(
-            key,
-            {
-                "params": [],
-                "names": [],
-                "lr_mult": lr_mult,
-                "wd_mult": wd_mult,
-                "last_layer": last_layer,
-            },
-        )
+        rule = dict(zip(("lr_mult", "wd_mult", "last_layer"), key, strict=True))
+        group = groups.setdefault(key, {"params": [], "names": [], **rule})
         group["params"].append(parameter)
         group["names"].append(name)
     return list(groups.values())

@@ -3,10 +3,10 @@
     python -m bench WHAT [CONFIG.yaml] [key=value ...] [profile]
     python -m bench step configs/vitl16.yaml batch=16
 
-WHAT is step, data or attention: functions of these names make the work below, and
-measure.py times it. Images are made in memory unless data.root=... is given; only "data", which
-measures loading too, reads those of the config. "profile" also prints the operations that took
-longest. scripts/benchmarks.py measures the same beside the official code and LightlySSL.
+WHAT is step or data: functions of these names make the work below, and measure.py times it. Images
+are made in memory unless data.root=... is given; only "data", which measures loading too, reads
+those of the config. "profile" also prints the operations that took longest. scripts/benchmarks.py
+measures the same beside the official code and LightlySSL, and attention, losses and crops alone.
 """
 
 import atexit
@@ -17,7 +17,6 @@ from functools import partial
 import torch
 
 import config
-from attention import attend, check_backend, pack
 from bench.measure import Work, longest, measure, table
 from bench.plan import plan_step, update
 from config import UserError
@@ -27,7 +26,6 @@ from images.sources import open_source
 from optim import schedules, set_schedule
 from parallel import check_launch, dtype_of, pick_device
 from train import build, to_device
-from vit import SIZES
 
 # ---- a training step ----------------------------------------------------------------------------
 
@@ -104,36 +102,9 @@ def data(cfg, device):
     return replace(step(cfg, device), title=f"Step with loading: {described(cfg)}", leave_out="")
 
 
-# ---- parts of it --------------------------------------------------------------------------------
-
-
-def attention(cfg, device):
-    """The ways of attention.py over the crops of one step, forward and backward."""
-    (dim, _, heads, _), extra = SIZES[cfg.vit.size], 1 + cfg.vit.registers
-    sizes = (LARGE_CROPS, cfg.crops.global_size), (cfg.crops.local_count, cfg.crops.local_size)
-    groups = tuple((n * cfg.batch, (s // cfg.vit.patch) ** 2 + extra) for n, s in sizes if n)
-    shape = sum(B * T for B, T in groups), 3, heads, dim // heads
-    qkv = torch.randn(shape, device=device).to(dtype_of(cfg)).requires_grad_()
-
-    def run(backend, clock):
-        out = attend(qkv, pack(groups, backend, device, qkv.dtype))
-        clock.mark("forward")
-        torch.autograd.grad(out.sum(), qkv)
-        clock.mark("backward")
-
-    contenders = {"ours": partial(run, "auto")}
-    for backend in ("plain", "sdpa", "varlen", "xformers"):
-        try:
-            check_backend(backend, device, dtype_of(cfg))
-            contenders[backend] = partial(run, backend)
-        except UserError as error:
-            print(error)
-    return Work(f"Attention of one block: {described(cfg)}", contenders, cfg.batch)
-
-
 # ---- command line -------------------------------------------------------------------------------
 
-WHAT = {work.__name__: work for work in (step, data, attention)}
+WHAT = {work.__name__: work for work in (step, data)}
 
 
 def arguments(argv, works=WHAT):

@@ -1,33 +1,22 @@
 """What every evaluation shares: labelled images, a frozen network, and its features of them.
 
-Used by eval_knn.py and the programs of this folder; features that are kept, by images.curate.
+Used by eval_knn.py and the programs of this folder.
 
 Shapes:  N images   B images of a batch   D features of an image   C, H, W an image
 """
 
 import copy
-import hashlib
 import os
-from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save
 
 import config
-from config import UserError, writing
+from config import UserError
 from images import evaluation
-from images.index import stamps
 from images.sources import read_or_next
-from parallel import (
-    counted,
-    dtype_of,
-    gather_from_ranks,
-    progress,
-    ranks,
-    warn_once,
-)
+from parallel import counted, dtype_of, gather_from_ranks, progress, ranks, warn_once
 from vit import SIZES, assign
-from weights.load import beyond_shapes, load_backbone
+from weights.load import load_backbone
 
 FEW = 100  # test images; below, one of them is more than a point
 KEYS = ("data.", "crops.global_size", "precision", "device")  # what --help explains of a config
@@ -137,37 +126,3 @@ def tally(train, test, classes):
         warn_once(f"only {counted(test, 'test image')}: each is worth {100 / test:.1f} points")
     names = ", ".join(classes[:6]) + ", ..." * (len(classes) > 6)
     return f"{train:,} training, {test:,} test images, {len(classes)} classes ({names})"
-
-
-# ---- features that are kept ----------------------------------------------------------------------
-
-
-def cached_features(folder, extract, backbone, source, cfg, device, what):
-    """What extract(backbone, source, ...) gives, two tensors, from this folder or put there.
-
-    The file is named after everything that they depend on, so that they are never used for another
-    network, data set or size. Of arrays and shards nothing is kept.
-    """
-    if not hasattr(source, "index") or source.index.shards:
-        return extract(backbone, source, cfg, device, what)
-    path = Path(folder, f"{fingerprint(backbone, source, cfg)}.safetensors")
-    if not path.exists():
-        features, more = extract(backbone, source, cfg, device, what)
-        aside = path.with_suffix(".part")  # what is interrupted leaves no half file
-        with writing(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            aside.write_bytes(save({"features": features, "more": more}))
-            os.replace(aside, path)
-    found = load_file(path)
-    return found["features"], found["more"]
-
-
-def fingerprint(backbone, source, cfg):
-    """A word that differs if weights, network, size of crops, or files of images do."""
-    digest = hashlib.sha256()
-    for name, value in backbone.state_dict().items():
-        digest.update(f"{name} {tuple(value.shape)}".encode())
-        digest.update(value.cpu().contiguous().numpy())
-    paths = [str(Path(source.root, source.name(i))) for i in range(len(source))]
-    digest.update(repr([beyond_shapes(backbone, cfg), paths, stamps(paths)]).encode())
-    return digest.hexdigest()[:32]

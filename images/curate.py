@@ -17,8 +17,7 @@ POOL is a folder or a list; GOOD and EVALUATION can be whatever data.root can be
   threshold  of near-copies: least cosine of their features
   likeness   of near-copies: least agreement of their pixels; 0: the features alone decide
   device     auto, cpu, cuda or mps;  workers: processes that read images
-FOLDER gets list.txt (kept paths), why.csv (what became of each image), sheet.png, and the features,
-which the next command with this FOLDER and these images finds there.
+FOLDER gets list.txt (kept paths), why.csv (what became of each image) and sheet.png.
 
 Shapes:  N images of the pool   M other images   D features   k neighbours
          C channels   S side of a thumbnail
@@ -36,7 +35,6 @@ import torch
 import torch.nn.functional as F
 
 from config import UserError, replace_text, report_errors, take_options, writing
-from evals.frozen import cached_features
 from images.copies import S, components, near_copies, neighbours
 from images.evaluation import centre_crop, normalised, resize
 from images.sources import Files, by_workers, open_source
@@ -85,27 +83,19 @@ class Pictures:
 
 
 @torch.no_grad()
-def embed(backbone, source, cfg, device, what):
-    """Features (N, D), all zeros where an image is damaged, and thumbnails (N, S, S, C)."""
-    backbone.to(device)
-    N, parts = len(source), []
+def embedded(source, what, backbone, cfg, device):
+    """A source with its features (N, D), all zeros where an image is damaged; and thumbnails."""
+    N, features, thumbs = len(source), [], []
     batches = by_workers(Pictures(source, cfg), cfg, batch_size=128, sampler=range(N))
     for crop_BCSS, thumb, readable_B in progress(batches, total=-(-N // 128), desc=what):
         f = backbone.forward_features(crop_BCSS.to(device))
         both = f["x_norm_clstoken"], f["x_norm_patchtokens"].mean(dim=1)
         feature_BD = F.normalize(torch.cat([F.normalize(x, dim=1) for x in both], dim=1), dim=1)
-        parts.append((feature_BD.cpu() * readable_B[:, None], thumb))
-    return tuple(torch.cat(part) for part in zip(*parts, strict=True))
-
-
-def embedded(source, what, backbone, cfg, o):
-    """A source with its features on the device, its thumbnails, and which images are readable."""
-    device, what = pick_device(o.device), f"embedding {what}"
-    features, thumbs = cached_features(o.out, embed, backbone, source, cfg, device, what)
-    readable = features.any(dim=1).numpy()
-    return SimpleNamespace(
-        source=source, features=features.to(device), thumbs=thumbs.numpy(), readable=readable
-    )
+        features.append(feature_BD * readable_B[:, None].to(device))
+        thumbs.append(thumb)
+    features, thumbs = torch.cat(features), torch.cat(thumbs).numpy()
+    readable = features.any(dim=1).cpu().numpy()
+    return SimpleNamespace(source=source, features=features, thumbs=thumbs, readable=readable)
 
 
 # ---- the command --------------------------------------------------------------------------------
@@ -182,7 +172,9 @@ def main(argv):
         print(__doc__.partition("\n\n")[2].partition("\n\nShapes")[0])
         sys.exit(0 if argv else 2)
     o = parse(argv)
+    device = pick_device(o.device)
     backbone, cfg = load_backbone(o.backbone, with_config=True)
+    backbone.to(device)
     cfg.data.workers, cfg.crops.global_size = o.workers, o.size or cfg.crops.global_size
     if cfg.crops.global_size % backbone.patch:
         raise UserError(f"size={o.size} is not a multiple of {backbone.patch} px, its patches")
@@ -195,7 +187,10 @@ def main(argv):
             sources[key] = open_source(root, cfg, key=key)
     with writing(o.out):
         Path(o.out).mkdir(parents=True, exist_ok=True)
-        sets = {key: embedded(source, key, backbone, cfg, o) for key, source in sources.items()}
+        sets = {
+            key: embedded(source, f"embedding {key}", backbone, cfg, device)
+            for key, source in sources.items()
+        }
         fate = curate(sets["pool"], sets.get("curated"), sets.get("against"), o)
         draw_sheet(sets["pool"], fate, Path(o.out, "sheet.png"))
         report(pool, fate, o)

@@ -69,12 +69,6 @@ def kind_of(name):
     return f"{ending} (pip install pillow-heif)" if ending == ".heic" else ending
 
 
-def stamps(paths):
-    """Time of change and size of each file; zeros for one that is not there."""
-    about = os.path.getmtime, os.path.getsize
-    return [[f(p) for f in about] if os.path.exists(p) else [0, 0] for p in paths]
-
-
 def index_folder(root):
     """All images below a folder, always in one order. Classes are its first-level sub-folders."""
     root, found, seen, left_out = os.fspath(root), [], set(), Counter()

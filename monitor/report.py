@@ -5,6 +5,7 @@ waits for a number that nobody reads.
 """
 
 import contextlib
+import importlib.util
 import json
 import math
 import platform
@@ -249,6 +250,9 @@ def finished(cfg):
 def open_writers(cfg, start):
     """TensorBoard and Weights & Biases, where asked for: [(add a line of the log, close)]."""
     writers = []
+    for package in ("tensorboard", "wandb"):
+        if getattr(cfg.log, package) and importlib.util.find_spec(package) is None:
+            raise UserError(f"log.{package} needs a package: pip install {package}")
     if cfg.log.tensorboard:
         from torch.utils.tensorboard import SummaryWriter
 
@@ -289,7 +293,8 @@ def start_card(cfg, source, held_out, student, device, start):
         "device": f"{device} ({device_name(device)}), {dtype}, processes: {ranks()[1]}, "
         f"parallel={cfg.parallel}, attention={cfg.attention}{fast}",
         "images": f"{len(source):,} from {cfg.data.root}",
-        "classes": textwrap.shorten(", ".join(map(str, source.classes)), 80),
+        "classes": f"{len(source.classes):,}: "
+        + textwrap.shorten(", ".join(map(str, source.classes)), 80, placeholder=" ..."),
         "left out": ", ".join(f"{n:,} {why}" for why, n in getattr(source, "left_out", {}).items()),
         "k-NN": knn if cfg.log.knn else "off",
         "network": f"{cfg.vit.size}/{cfg.vit.patch}: {', '.join(parts)} parameters",
@@ -306,12 +311,9 @@ def start_card(cfg, source, held_out, student, device, start):
     if cfg.distill.teacher:
         rows["teacher"] = f"{cfg.distill.teacher}, frozen; iBOT on {cfg.distill.tokens} patches"
     title = f"nanoDINOv2 continues after step {start:,}" if start else "nanoDINOv2 starts"
-    layout = textwrap.TextWrapper(
-        width=max(shutil.get_terminal_size((100, 24)).columns, 60),
-        subsequent_indent=" " * 11,
-        break_long_words=False,
-        break_on_hyphens=False,
-    )
+    width = max(shutil.get_terminal_size((100, 24)).columns, 60)
+    layout = textwrap.TextWrapper(width, subsequent_indent=" " * 11, break_on_hyphens=False)
+    layout.break_long_words = False
     rows = [layout.fill(f"  {name:<9}{text}") for name, text in rows.items() if text]
     return "\n".join([title, *rows])
 

@@ -17,6 +17,7 @@ from config import UserError
 
 sys.path.insert(0, str(ROOT / "scripts"))
 import benchmarks
+import parts
 import peers
 
 CPU = torch.device("cpu")
@@ -26,9 +27,9 @@ CPU = torch.device("cpu")
 
 
 def test_augmentation_starts_from_a_jpeg_of_the_stated_size():
-    assert len(benchmarks.jpeg(375, 500, 95)) == pytest.approx(110_000, rel=0.03)
-    assert len(benchmarks.jpeg(32, 32, 79)) == pytest.approx(1_000, rel=0.1)
-    work = benchmarks.augment(config.load(TINY), CPU)
+    assert len(parts.jpeg(375, 500, 95)) == pytest.approx(110_000, rel=0.03)
+    assert len(parts.jpeg(32, 32, 79)) == pytest.approx(1_000, rel=0.1)
+    work = parts.augment(config.load(TINY), CPU)
     assert "500 x 375" not in work.title and "32 x 32" in work.title
     work.contenders["ours"](clock := Clock(CPU))
     assert list(clock.seconds()) == ["decode", "crops", "colour"]

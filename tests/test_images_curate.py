@@ -3,10 +3,8 @@
 Run: pytest tests/test_images_curate.py        (seconds; the figures on photographs: docs/curate.md)
 """
 
-import copy
 import csv
 import os
-import shutil
 
 import numpy as np
 import pytest
@@ -15,10 +13,9 @@ import torch.nn.functional as F
 from PIL import Image
 
 from config import Config, to_dict
-from evals.frozen import fingerprint
 from images import copies, curate
 from images.sources import open_source
-from vit import VisionTransformer, build_backbone
+from vit import build_backbone
 
 
 def photo(seed, size=64):
@@ -147,42 +144,6 @@ def test_each_image_has_one_fate_and_the_list_holds_the_kept_ones(pool, backbone
     listed = {os.path.basename(p) for p in (out / "list.txt").read_text().split()}
     assert len(fates) == 16 and len(listed) == 2 and listed == kept(fates)
     assert all(fates[n]["because of"] == "g.png" for n in listed)
-
-
-def test_features_are_made_once_and_a_changed_pool_has_new_ones(pool, backbone, monkeypatch):
-    before, _ = command(pool, backbone)
-    with monkeypatch.context() as patch:
-        patch.setattr(curate, "embed", None)
-        assert command(pool, backbone)[0] == before
-        with pytest.raises(TypeError):
-            command(pool, backbone, "size=64")
-    photo(40).save(pool / "a03.png")  # the same name, another image
-    shutil.copy(pool / "a03.png", pool / "b.png")
-    assert command(pool, backbone)[0]["b.png"]["because of"] == "a03.png"
-
-
-def test_another_network_data_set_or_size_has_another_name_for_its_features(pool):
-    def named(net, root=pool, size=16, **images):
-        cfg = Config()
-        cfg.crops.global_size = size
-        for key, value in images.items():
-            setattr(cfg.data, key, value)
-        return fingerprint(net, open_source(root, Config(), ""), cfg)
-
-    net, others = VisionTransformer("nano", 8, 16), []
-    for path, value in ("interpolate_offset", 0.5), ("interpolate_antialias", True):
-        others.append(copy.deepcopy(net))
-        setattr(others[-1], path, value)
-    others.append(copy.deepcopy(net))
-    others[-1].blocks[0].attn.heads = 2
-    names = [named(each) for each in (net, VisionTransformer("nano", 8, 16), *others)]
-    names += [named(net, size=24), named(net, mean=(0.0,) * 3), named(net, std=(1.0,) * 3)]
-    picture = sorted(pool.glob("*.png"))[0]
-    os.utime(picture, ns=(picture.stat().st_atime_ns, picture.stat().st_mtime_ns + 10**9))
-    names.append(named(net))
-    picture.unlink()
-    names.append(named(net))
-    assert len(set(names)) == len(names) == 10 and named(copy.deepcopy(net)) == names[-1]
 
 
 BAD = [

@@ -46,12 +46,6 @@ def test_a_folder_of_many_names_needs_little_more_than_their_letters():
     assert found.name(9_999) == "some/folder/00009999.jpg"
 
 
-def test_a_file_that_is_gone_has_a_stamp_too(tmp_path):
-    touch(tmp_path, "1.jpg")
-    here, gone = index.stamps([tmp_path / "1.jpg", tmp_path / "2.jpg"])
-    assert gone == [0, 0] != here
-
-
 # ---- folders and lists --------------------------------------------------------------------------
 
 

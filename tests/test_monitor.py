@@ -117,7 +117,7 @@ def test_the_card_says_what_one_asks_before_a_long_run(whole):
     said = " ".join(whole[1].split())
     for text in [
         "cpu (", "threads: 1)", "float32", "processes: 1", "attention=auto (sdpa)", "30 from",
-        "classes dark, light", "10 held-out", "nano/8", "backbone", "dino_head", "0 to 12",
+        "classes 2: dark, light", "10 held-out", "nano/8", "backbone", "dino_head", "0 to 12",
         "3.54e-04 at its peak", "8 images x (2 crops of 16 px + 2 of 8 px)",
         "an untrained network starts near dino_global", "ln K = 3.47", str(whole[0]),
     ]:  # fmt: skip
@@ -282,6 +282,15 @@ def test_damaged_images_of_every_rank_are_named(tmp_path):
 
 
 # ---- TensorBoard, W&B, collapse -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("package", ["tensorboard", "wandb"])
+def test_a_missing_package_is_one_line(tmp_path, monkeypatch, package):
+    monkeypatch.setattr(report.importlib.util, "find_spec", lambda name: None)
+    cfg = Config(out=str(tmp_path))
+    setattr(cfg.log, package, "x")
+    with pytest.raises(report.UserError, match=f"log.{package} .*: pip install {package}"):
+        report.open_writers(cfg, start=0)
 
 
 @pytest.mark.parametrize(

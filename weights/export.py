@@ -94,11 +94,6 @@ def write_folder(backbone, path, about, size):
     if theirs != (backbone.interpolate_offset, backbone.interpolate_antialias):
         warn(f"{path}: transformers resizes positions in another way, so the same numbers come "
              f"from images of {native} px only; size= makes another size the one")  # fmt: skip
-    for i, block in enumerate(backbone.blocks):
-        if isinstance(block.ls1, nn.Identity):  # there is no network without: a factor of 1
-            about["layerscale"] = 0
-            ones = torch.ones(backbone.dim)
-            state |= {f"blocks.{i}.ls1.gamma": ones, f"blocks.{i}.ls2.gamma": ones}
     kind = "Dinov2WithRegisters" if registers else "Dinov2"
     config = {
         "architectures": [f"{kind}Model"],
@@ -111,6 +106,7 @@ def write_folder(backbone, path, about, size):
         "image_size": native,
         "patch_size": p,
         "num_channels": images["channels"],
+        "layerscale_value": 1.0,  # where the file has no such factors
     } | ({"num_register_tokens": registers} if registers else {})
     processor = {
         "image_processor_type": "BitImageProcessor",

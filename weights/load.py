@@ -237,8 +237,6 @@ def contents(path):
         about = state["config"].get("vit", {}) | {"config": state["config"]}
         state = {part: value for part, value in state.items() if part not in ("config", "step")}
     parts = parts_of(state, path)
-    if about.get("layerscale") == 0:  # Hugging Face has no network without: theirs is 1
-        parts["backbone"] = {n: v for n, v in parts["backbone"].items() if ".gamma" not in n}
     return parts, about
 
 
