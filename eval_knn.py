@@ -155,8 +155,7 @@ def evaluate(backbone, sources, cfg, device, neighbours=(), per_class=(), tries=
     """
 
     def features(source, what):
-        more = backbone, source, cfg, device, f"k-NN, {what} images"
-        x_ND, label_N = extract_features(*more)
+        x_ND, label_N = extract_features(backbone, source, cfg, device, f"k-NN, {what} images")
         frozen.tell_damaged(source, label_N)
         return x_ND[label_N >= 0], label_N[label_N >= 0]
 

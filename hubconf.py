@@ -6,8 +6,8 @@
 
 dinov2_vits14, dinov2_vitb14, dinov2_vitl14, dinov2_vitg14, and each with _reg: the network as
 released, with the methods, attributes and keywords of the official class (weights/plain.py). Not
-here are the heads for classes and depth (_lc, _ld, _dd). The files of this folder are modules with
-plain names (config, data, ...): a program that has imported its own by such a name cannot use both.
+here are stochastic depth and the heads for classes and depth (_lc, _ld, _dd). The files here are
+modules with plain names (config, data, ...): a program with modules of such names cannot use both.
 """
 
 import torch as _torch

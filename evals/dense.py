@@ -20,6 +20,7 @@ Shapes:  H W pixels of a mask   h w patches   N patches   D channels   C classes
 """
 
 import sys
+from collections import Counter
 from functools import partial
 from pathlib import Path
 
@@ -60,12 +61,18 @@ def splits(folder, channels=3):
 
 
 def fifth(found):
-    """(the others, a random fifth of the images), each as they were given."""
-    if len(found) < 5:
+    """(the others, a random fifth of the images); no image goes that alone shows a class."""
+    left, kept, held = Counter(c for *_, shown in found for c in shown), [], []
+    for i in np.random.default_rng(0).permutation(len(found)):
+        *_, shown = found[i]
+        if len(held) < len(found) // 5 and all(left[c] > 1 for c in shown):
+            held.append(found[i])
+            left.subtract(shown)
+        else:
+            kept.append(found[i])
+    if not held:
         raise UserError(f"{len(found)} images are too few to hold a fifth out: add some")
-    order = np.random.default_rng(0).permutation(len(found))
-    held = len(found) // 5
-    return [found[i] for i in order[held:]], [found[i] for i in order[:held]]
+    return kept, held
 
 
 def classes_of(found):
@@ -211,10 +218,7 @@ def main(argv):
     backbone, cfg = open_network(run, words)
     device = pick_device(cfg.device)
     backbone = (untrained(backbone, 0) if o.untrained else backbone).to(device)
-
-    def extract(image):
-        return patch_tokens(backbone, image, o.size, cfg, device)
-
+    extract = partial(patch_tokens, backbone, size=o.size, cfg=cfg, device=device)
     show(*evaluate(extract, folder, cfg.data.channels))
 
 

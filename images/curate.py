@@ -159,6 +159,8 @@ def parse(argv):
     o, unknown = take_options(argv[1:], OPTIONS, {"keep": 1, "likeness": 0})
     if unknown:
         raise UserError(f"{unknown[0]}: unknown; write key=value with one of {', '.join(OPTIONS)}")
+    if max(o.threshold, o.likeness) > 1:
+        raise UserError("threshold= and likeness= are at most 1")
     o.pool = argv[0]
     for key in ("backbone", "out"):
         if not getattr(o, key):

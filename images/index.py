@@ -142,10 +142,8 @@ def index_array(path):
     images = images if images.ndim == 4 else images[..., None]
     if labels is None:
         return images, make_index([], [""] * len(images))
-    n = len(images)
-    if labels.shape not in ((n,), (n, 1)) or labels.dtype.kind not in "biuSU":
-        fix = "give each image one whole number or word"
-        raise UserError(f"{path}: holds {held}; {fix}")
+    if labels.shape not in ((len(images),), (len(images), 1)) or labels.dtype.kind not in "biuSU":
+        raise UserError(f"{path}: holds {held}; give each image one whole number or word")
     words = map(known, labels.ravel().astype(str))
     signed = labels.dtype.kind == "i"  # below zero: no class
     return images, make_index([], ["" if signed and w.startswith("-") else w for w in words])
@@ -187,7 +185,7 @@ def read_shard(path, left_out):
                 stem, ending = os.path.splitext(name)
                 if ending.lower() == ".cls":
                     file.seek(member.offset_data)
-                    class_of[stem] = known(os.fsdecode(file.read(min(member.size, 1000))))
+                    class_of[stem] = os.fsdecode(file.read(min(member.size, 1000))).strip()
                 elif name.lower().endswith(EXTENSIONS):
                     images.append((name, member.offset_data, member.size))
                 else:

@@ -163,8 +163,7 @@ def open_files(root, cfg, key):
         what = "one file of another kind" if path.exists() else "no such folder or file"
         raise UserError(f"{key}={root}: {what}; give a folder or one of {kinds}")
     if not len(index.labels):
-        left = counts(index.left_out) or "nothing"
-        raise UserError(f"{root}: no images in it; left out: {left}")
+        raise UserError(f"{root}: no images in it; left out: {counts(index.left_out) or 'nothing'}")
     folder = path if path.is_dir() else path.parent
     return Files(folder, index, cfg.data.channels, cfg.data.max_pixels)
 

@@ -117,9 +117,8 @@ class Reporter:
             self.floors |= {name: result[name] for name in FLOORS if name in result}
             line = {"step": step, "images": step * self.cfg.batch, **result}
             self.write(line | {"seconds": self.seconds()})
-            known = [f"{FLOORS[key]} {value:.1f} %" for key, value in self.floors.items()]
-            knn = f"{result['knn']:.1f} % of held-out images ({', '.join(known)})"
-            self.say(f"step {step}: k-NN {knn}")
+            known = ", ".join(f"{FLOORS[key]} {value:.1f} %" for key, value in self.floors.items())
+            self.say(f"step {step}: k-NN {result['knn']:.1f} % of held-out images ({known})")
         self.last, self.waited = (step, time.time()), 0.0  # not the loop's time
 
     def skipped(self, step, names):

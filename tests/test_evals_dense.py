@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from test_readme import README, commands
 
-from config import Config, to_dict
+from config import Config, UserError, to_dict
 from evals import dense as eval_dense
 from evals.frozen import untrained
 from vit import VisionTransformer, build_backbone
@@ -138,6 +138,16 @@ def test_train_and_val_folders_are_kept_apart(tmp_path):
     blocks(tmp_path / "val", 2)
     train, test = eval_dense.splits(tmp_path)
     assert len(train) == 3 and [image.parent.parent.name for image, *_ in test] == ["val"] * 2
+
+
+def test_no_image_is_held_out_that_alone_shows_a_class():
+    found = [(i, i, {i % 7, 7 + i} if i < 12 else {0, 1}) for i in range(20)]  # 7 to 18: one image
+    train, test = eval_dense.fifth(found)
+    assert len(test) == 4 and sorted(train + test) == found
+    assert eval_dense.classes_of(train) == eval_dense.classes_of(found)
+    assert min(i for i, *_ in test) >= 12 and [i for i, *_ in test] != sorted(i for i, *_ in test)
+    with pytest.raises(UserError, match="12 images are too few to hold a fifth out"):
+        eval_dense.fifth(found[:12])
 
 
 def test_an_image_keeps_its_shape_in_whole_patches(tmp_path):

@@ -153,6 +153,8 @@ BAD = [
     (["backbone={b}", "out={o}", "curated=/nowhere"], "curated=/nowhere: no such folder"),
     (["backbone={b}", "out={o}", "kept=3"], "kept=3: unknown"),
     (["backbone={b}", "out={o}", "keep=many"], "keep must be a whole number, got many"),
+    (["backbone={b}", "out={o}", "likeness=90"], "threshold= and likeness= are at most 1"),
+    (["backbone={b}", "out={o}", "threshold=60"], "threshold= and likeness= are at most 1"),
     (["backbone={b}", "out={o}", "size=50"], "size=50 is not a multiple of 8 px"),
     (["backbone={b}", "out={o}", "curated={p}", "against={p}"], "pool shows it all"),
     (["backbone={b}", "out={p}/a00.png/x"], "cannot be written"),

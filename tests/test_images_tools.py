@@ -136,10 +136,12 @@ def test_pack_keeps_the_bytes_and_touches_nothing_that_is_there(photos, tmp_path
     assert "shards: is not empty; give a new folder" in capsys.readouterr().err
 
 
-def test_names_of_classes_are_packed_in_any_encoding(photos, tmp_path):
+def test_names_of_classes_are_packed_whatever_they_are(photos, tmp_path):
     (photos / "cat").rename(photos / os.fsdecode(b"Stra\xdfe"))
+    (photos / "dog").rename(photos / "Nan")  # in a list the word for no class
     run("pack", photos, f"to={tmp_path / 'shards'}")
-    assert open_source(tmp_path / "shards", Config()).classes == [os.fsdecode(b"Stra\xdfe"), "dog"]
+    source = open_source(tmp_path / "shards", Config())
+    assert source.classes == ["Nan", os.fsdecode(b"Stra\xdfe")] and min(source.labels) == 0
 
 
 def test_pack_shrinks_large_images_and_leaves_out_damaged_ones(photos, tmp_path, capsys):

@@ -236,8 +236,7 @@ def contents(path):
     if "backbone" in state and isinstance(state.get("config"), dict):
         about = state["config"].get("vit", {}) | {"config": state["config"]}
         state = {part: value for part, value in state.items() if part not in ("config", "step")}
-    parts = parts_of(state, path)
-    return parts, about
+    return parts_of(state, path), about
 
 
 def beside(path):
