@@ -136,10 +136,8 @@ def prepare(make, cfg):
 def main(argv):
     what, cfg, wants_profile = arguments(argv)
     work, device = prepare(WHAT[what], cfg)
-    figures = measure(work, device, dtype_of(cfg))
-    threads = torch.get_num_threads()
-    print(f"{work.title}\n{device}, PyTorch {torch.__version__}, threads: {threads}\n")
-    print(table(figures))
+    setting = f"{device}, PyTorch {torch.__version__}, threads: {torch.get_num_threads()}"
+    print(f"{work.title}\n{setting}\n\n{table(measure(work, device, dtype_of(cfg)))}")
     if wants_profile:
         print(longest(work, device))
 

@@ -35,8 +35,9 @@ def run_and_folder(argv, usage):
 
 def check_place(key, path):
     """Raise UserError if no file can be written there, before the work and not after it."""
-    if path and not os.access(os.path.dirname(os.path.abspath(path)), os.W_OK):
-        raise UserError(f"{key}={path}: cannot be written; choose a folder that there is")
+    folder = os.path.dirname(os.path.abspath(path))
+    if path and (os.path.isdir(path) or not os.access(folder, os.W_OK)):
+        raise UserError(f"{key}={path}: cannot be written; choose a file in a folder that there is")
 
 
 def open_network(run, words, batch=0):

@@ -132,8 +132,7 @@ def curate(pool, curated, against, o):
     if not left:
         raise UserError(f"{o.pool}: nothing left to choose from: against={o.against} shows it all")
     good = np.flatnonzero(curated.readable)
-    chosen = retrieve(curated.features[good], pool.features[left], o.keep)
-    for at, query in chosen.items():
+    for at, query in retrieve(curated.features[good], pool.features[left], o.keep).items():
         fate[left[at]] = Fate(KEPT, curated, good[query])
     return fate
 

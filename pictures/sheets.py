@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageOps
 
-from config import writing
+from config import UserError
 from pictures.plot import GREY, PAPER, font, in_ascii, text_width
 
 GAP, HEAD, FOOT = 6, 28, 20  # pixels between pictures, of a title above them, of words below
@@ -68,8 +68,10 @@ def shortened(words, width):
 
 def write(image, path, **options):
     """Save a picture; returns where it is."""
-    with writing(path):
+    try:
         image.save(path, **options)
+    except (OSError, ValueError) as error:  # the latter of an ending that says no format
+        raise UserError(f"{path}: cannot be written ({error}); choose another .png") from None
     return Path(path)
 
 

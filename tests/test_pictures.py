@@ -315,6 +315,7 @@ def test_the_islands_of_the_readme_are_those_that_the_script_draws(tmp_path):
         ("pca run a.jpg foreground=maybe", "foreground must be true or false, got maybe"),
         ("pca run a.jpg layer=1", "layer=1: unknown key layer"),
         ("pca run a.jpg out=no/where.png", "no/where.png: cannot be written"),
+        ("pca run a.jpg out=here", "here: cannot be written (unknown file extension"),
         ("attention run a.jpg layer=6", "layer=6: the network has blocks 0 to 5"),
         ("attention run a.jpg layer=-7", "layer=-7: the network has blocks 0 to 5"),
         ("neighbours run a.jpg data=none", "none: no such folder or file"),
