@@ -128,11 +128,9 @@ def pick_device(name):
     if name == "mps" and not torch.backends.mps.is_available():
         raise UserError("device=mps, but PyTorch sees no Apple GPU: use device=cpu or auto")
     index = int(os.environ.get("LOCAL_RANK", 0)) if name == "cuda" else None
-    if name == "cuda" and index >= torch.cuda.device_count():
-        raise UserError(
-            f"process {index} of this machine has no GPU, there are {torch.cuda.device_count()}: "
-            f"use torchrun --nproc_per_node={torch.cuda.device_count()}"
-        )
+    if name == "cuda" and index >= (count := torch.cuda.device_count()):
+        fix = f"use torchrun --nproc_per_node={count}"
+        raise UserError(f"process {index} of this machine has no GPU, there are {count}: {fix}")
     return torch.device(name, index)
 
 
@@ -183,13 +181,9 @@ def check_launch(cfg, device, world):
     """Raise UserError when launch line, machine and config do not fit together."""
     check_batch(cfg, world)
     if cfg.parallel != "none" and "RANK" not in os.environ:
-        raise UserError(
-            f"parallel={cfg.parallel} needs a launcher: torchrun train.py ... instead of python"
-        )
+        raise UserError(f"parallel={cfg.parallel} needs a launcher: torchrun train.py, not python")
     if cfg.precision == "fp16" and device.type != "cuda":
-        raise UserError(
-            f"precision=fp16 needs a CUDA device, this is {device.type}: use precision=auto"
-        )
+        raise UserError(f"precision=fp16 needs a CUDA device, this is {device.type}: use auto")
     dim, _, heads, _ = size_of(cfg.vit.size)
     check_backend(cfg.attention, device, dtype_of(cfg), dim // heads)
     compiles(cfg)

@@ -83,11 +83,11 @@ class Pictures:
 
 
 @torch.no_grad()
-def embedded(source, what, backbone, cfg, device):
+def embedded(source, key, backbone, cfg, device):
     """A source with its features (N, D), all zeros where an image is damaged; and thumbnails."""
     N, features, thumbs = len(source), [], []
     batches = by_workers(Pictures(source, cfg), cfg, batch_size=128, sampler=range(N))
-    for crop_BCSS, thumb, readable_B in progress(batches, total=-(-N // 128), desc=what):
+    for crop_BCSS, thumb, readable_B in progress(batches, total=-(-N // 128), desc=key):
         f = backbone.forward_features(crop_BCSS.to(device))
         both = f["x_norm_clstoken"], f["x_norm_patchtokens"].mean(dim=1)
         feature_BD = F.normalize(torch.cat([F.normalize(x, dim=1) for x in both], dim=1), dim=1)
@@ -189,8 +189,7 @@ def main(argv):
     with writing(o.out):
         Path(o.out).mkdir(parents=True, exist_ok=True)
         sets = {
-            key: embedded(source, f"embedding {key}", backbone, cfg, device)
-            for key, source in sources.items()
+            key: embedded(source, key, backbone, cfg, device) for key, source in sources.items()
         }
         fate = curate(sets["pool"], sets.get("curated"), sets.get("against"), o)
         draw_sheet(sets["pool"], fate, Path(o.out, "sheet.png"))

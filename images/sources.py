@@ -18,6 +18,7 @@ Pixels are of the kind of the first image: uint8, uint16, int16 or float32. A so
 of order, crops or ranks: that is data.py.
 """
 
+import copyreg
 import functools
 import glob
 import os
@@ -25,6 +26,7 @@ import sys
 import warnings
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
@@ -93,6 +95,15 @@ class Arrays(Source):
 
     def name(self, i):
         return f"{self.title}[{i}]"
+
+
+# Workers that are not forked (macOS, Windows) are sent of a mapped array only its place.
+def place(x):
+    order = "C" if x.flags.c_contiguous else "F"
+    return np.memmap, (x.filename, x.dtype, "r", x.offset, x.shape, order)
+
+
+copyreg.pickle(np.memmap, place)
 
 
 class Files(Source):

@@ -3,6 +3,7 @@
 Run: pytest tests/test_images_sources.py       (seconds; files are written to a temporary folder)
 """
 
+import pickle
 import tarfile
 
 import numpy as np
@@ -240,6 +241,14 @@ def test_files_of_other_channels_are_one_line(tmp_path):
         open_source(tmp_path, Config())
     with pytest.raises(UserError, match=r"a\.jpg: 3 channels, but data\.channels=5: set"):
         open_source(small_folder(tmp_path / "rgb", "a.jpg"), config_for(5))
+
+
+@pytest.mark.parametrize("order", ["C", "F"])
+def test_a_worker_is_sent_the_place_of_a_mapped_array(tmp_path, order):
+    images = np.random.default_rng(0).integers(256, size=(50, 9, 8, 3), dtype=np.uint8)
+    np.save(tmp_path / "x.npy", np.asarray(images, order=order))
+    sent = pickle.dumps(open_source(tmp_path / "x.npy", Config()))
+    assert len(sent) < 2000 and np.array_equal(pickle.loads(sent).read(7), images[7])
 
 
 def test_an_unreadable_array_or_an_empty_list_is_one_line(tmp_path):

@@ -119,9 +119,7 @@ def architecture(state, path, about):
     known = {size[:2]: size[2] for size in SIZES.values()}
     heads = about.get("heads", known.get((dim, depth), dim // 64))
     if not heads or dim % heads:
-        raise UserError(
-            f"{path}: {dim} channels do not tell the number of heads; a run folder does"
-        )
+        raise UserError(f"{path}: {dim} channels do not tell the number of heads; use a run")
     ffn = "swiglu" if "blocks.0.mlp.w12.weight" in state else "mlp"
     return {
         "size": (dim, depth, heads, ffn),

@@ -34,9 +34,7 @@ def start_from(cfg, *networks):
     if not cfg.init_heads:
         parts = {"backbone": parts["backbone"]}
     elif len(parts) == 1:
-        raise UserError(
-            f"{title} has no heads: set init_heads=false, and head_steps to train fresh ones first"
-        )
+        raise UserError(f"{title} has no heads: set init_heads=false, and head_steps to train some")
     notes = [str(path), *put_parts(networks, parts, how, title)]
     if how != (cfg.vit.interpolate_offset, cfg.vit.interpolate_antialias):
         notes.append(f"which was trained with vit.interpolate_offset={how[0]} and "
