@@ -86,13 +86,12 @@ def predict(argv):
     device, source = pick_device(cfg.device), open_source(folder, cfg, "", key="FOLDER")
     classifier.to(device)
 
-    p_NC, label_N = extract(
-        lambda x: classifier(x).softmax(dim=1), source, cfg, device, "images", "cpu"
-    )
+    classify = nn.Sequential(classifier, nn.Softmax(dim=1))
+    p_NC, label_N = extract(classify, source, cfg, device, "images", "cpu")
     tell_damaged(source, label_N)
     classes, readable = classifier.classes, (label_N != DAMAGED).nonzero().flatten().tolist()
     how = {"newline": "", "encoding": "utf-8", "errors": "surrogateescape"}
-    with open(o.out, "w", **how) as file:
+    with config.writing(f"out={o.out}"), open(o.out, "w", **how) as file:
         rows = csv.writer(file)
         rows.writerow(["path", "class", "class probability", *(f"class: {c}" for c in classes)])
         for i in readable:

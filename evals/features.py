@@ -52,7 +52,7 @@ def main(argv):
     }
     if o.patches:
         found["patches"] = x_NTD[:, 1:].reshape(len(rows), side, side, -1)
-    with open(o.out, "wb") as file:
+    with config.writing(f"out={o.out}"), open(o.out, "wb") as file:
         np.savez(file, **found)
     print(f"{len(rows):,} images, {backbone.dim} channels: {o.out}")
 

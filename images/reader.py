@@ -57,8 +57,7 @@ def read_image(file, channels=3, max_pixels=MAX_PIXELS):
         return fit(plain(read_tiff(data, channels, max_pixels)), channels)
     if image is None:
         raise ValueError("not a picture, or in a format that is not read")
-    # Phones write photographs as MPO or HEIF, with a preview or a series behind the picture: the
-    # first one counts.
+    # Phones write MPO or HEIF, with a preview or a series behind the picture: the first counts.
     if getattr(image, "n_frames", 1) > 1 and image.format not in ("MPO", "HEIF"):
         raise ValueError(f"{image.n_frames} frames in one file; one image is expected")
     check_size(*image.size, max_pixels)
@@ -161,7 +160,8 @@ def read_tiff(data, channels, max_pixels):
         check_size(page.imagewidth, page.imagelength, max_pixels)
         pixels = series.asarray()
     # Bands lie one after the other, or are pages; unless (H, W, C) was written as H pages.
-    if pixels.ndim == 3 and series.axes[-1] != "S" and pixels.shape[2] != channels:
+    first = pixels.shape[0] in (channels, min(pixels.shape))
+    if first and pixels.ndim == 3 and series.axes[-1] != "S" and pixels.shape[2] != channels:
         pixels = pixels.transpose(1, 2, 0)
     if page.photometric == 0 and pixels.dtype.kind == "u":  # 0 is white
         pixels = np.iinfo(pixels.dtype).max - pixels

@@ -293,7 +293,7 @@ def start_card(cfg, source, held_out, student, device, start):
         f"parallel={cfg.parallel}, attention={cfg.attention}{fast}",
         "images": f"{len(source):,} from {cfg.data.root}",
         "classes": f"{len(source.classes):,}: "
-        + textwrap.shorten(", ".join(map(str, source.classes)), 80, placeholder=" ..."),
+        + textwrap.shorten(", ".join(map(str, source.classes)) or "none", 80, placeholder=" ..."),
         "left out": ", ".join(f"{n:,} {why}" for why, n in getattr(source, "left_out", {}).items()),
         "k-NN": knn if cfg.log.knn else "off",
         "network": f"{cfg.vit.size}/{cfg.vit.patch}: {', '.join(parts)} parameters",

@@ -53,7 +53,8 @@ class Network:
         try:
             image = read_image(file, channels, max_pixels=0)
         except Exception as error:  # a decoder fed with damaged bytes raises anything
-            raise UserError(f"{file}: {reason(error)} (the network reads {channels})") from None
+            note = f" (the network reads {channels})" * ("data.channels" in (why := reason(error)))
+            raise UserError(f"{file}: {why}{note}") from None
         if image.dtype.kind == "f" and not (abs(image - mean) < 30 * std).all():
             raise UserError(f"{file}: floats far from data.mean; scale them, or save them as uint8")
         return image

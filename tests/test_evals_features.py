@@ -72,6 +72,7 @@ def test_images_of_an_array_have_features_too(place, tmp_path):
         (["{run}"], "FOLDER is missing"),
         (["{run}", "out=x.npz"], "FOLDER is missing"),
         (["{run}", "{photos}", "out=/nowhere/x.npz"], "out=/nowhere/x.npz: cannot be written"),
+        (["{run}", "{photos}/val", "out=/dev/full"], "out=/dev/full: cannot be written"),
         (["{run}", "{photos}", "out={photos}"], "photos: cannot be written; choose a file in"),
         (["{run}", "{photos}", "patch=true"], "unknown key patch; did you mean patches?"),
         (["{run}", "/nowhere"], "FOLDER=/nowhere: no such folder"),

@@ -344,6 +344,7 @@ BAD = [
      "c.pt reads 3: give images of 3 channels"),
     (["{run}", "vit.size=large"], "says what its network is: leave out the keys of vit"),
     (["{run}", "save=/nowhere/c.pt"], "save=/nowhere/c.pt: cannot be written"),
+    (["predict", "{run}/c.pt", "{photos}", "out=/dev/full"], "out=/dev/full: cannot be written"),
     (["predict", "{run}/teacher.pt", "{photos}"], "not a classifier"),
     (["predict", "{run}", "{photos}"], "run: cannot be read"),
     (["predict", "{run}/teacher.pt"], "FOLDER is missing"),

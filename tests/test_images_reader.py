@@ -179,7 +179,8 @@ def test_the_fourth_band_stays_whatever_a_tiff_calls_it(dtype, more):
 
 
 def test_bands_are_neither_made_up_nor_dropped():
-    for pixels, more, wanted in [(4, RGBX, 3), (3, {}, 4), (12, GREY, 3), (3, {}, 5)]:
+    rows = {"photometric": "minisblack"}  # without a word on where bands are: H pages of W x C
+    for pixels, more, wanted in [(4, RGBX, 3), (3, {}, 4), (12, GREY, 3), (3, {}, 5), (4, rows, 3)]:
         with pytest.raises(ValueError, match=f"{pixels} channels, but data.channels={wanted}: set"):
             read_image(tiff(values(np.uint8, pixels), **more), wanted)
 

@@ -212,7 +212,8 @@ def test_a_folder_without_labels_needs_no_knn(tmp_path, photos):
     words = ["log.pictures=true", "steps=2", "crops.local_count=0"]
     done = run(tmp_path, tiny(tmp_path / "run", photos / "val" / "dark", *words, "batch=4"))
     assert done.code == 0, done.err
-    assert "none: it needs two classes or more" in " ".join(done.out.split())
+    told = " ".join(done.out.split())
+    assert "classes 0: none" in told and "none: it needs two classes or more" in told
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["knn"] is None and summary["images"] == 8
     assert (tmp_path / "run" / "neighbours.png").exists()

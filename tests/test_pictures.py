@@ -302,7 +302,7 @@ def test_the_islands_of_the_readme_are_those_that_the_script_draws(tmp_path):
         ("match run a.jpg", "write `python -m pictures match RUN IMAGE IMAGE`"),
         ("animation run", "run/frames: 0 frames; train with log.pictures=true"),
         ("pca none a.jpg", "none"),
-        ("pca run none.jpg", "none.jpg: No such file or directory"),
+        ("pca run none.jpg", "none.jpg: No such file or directory\n"),
         ("pca run damaged.jpg", "damaged.jpg: image file is truncated"),
         ("pca run words.json", "words.json: not a picture"),
         ("pca run five.npy", "five.npy: 5 channels"),

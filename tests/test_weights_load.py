@@ -12,6 +12,7 @@ import json
 import math
 import pickle
 import sys
+import zipfile
 
 import pytest
 import torch
@@ -253,7 +254,9 @@ class Code:
 def test_what_torch_does_not_load_is_said_in_our_words(tmp_path):
     torch.save({"norm.bias": torch.zeros(3), "x": hashlib.sha256}, tmp_path / "x.pth")
     (tmp_path / "y.pth").write_text("version https://git-lfs.github.com/spec/v1")
-    for name in "x", "y":
+    with zipfile.ZipFile(tmp_path / "z.pth", "w") as archive:  # as is a .pt2
+        archive.writestr("archive/version", "3")
+    for name in "x", "y", "z":
         with pytest.raises(UserError, match=r"not of torch.save, or more") as error:
             load_backbone(tmp_path / f"{name}.pth")
         assert str(error.value).isprintable() and len(str(error.value)) < 200

@@ -238,11 +238,11 @@ def read(path):
         # The official code of DINO and iBOT saves its options too: plain values.
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError:  # with a page of advice to run the code in the file
-        what = "not of torch.save, or more than tensors and plain values"
-        raise UserError(f"{path}: cannot be read ({what}); give a state dict") from None
     except Exception as error:  # a damaged archive raises anything, BadZipFile to RuntimeError
-        raise UserError(f"{path}: cannot be read ({reason(error)})") from None
+        what = reason(error)
+        if isinstance(error, pickle.UnpicklingError) or "data.pkl" in what:  # a page of advice
+            what = "not of torch.save, or more than tensors and plain values: give a state dict"
+        raise UserError(f"{path}: cannot be read ({what})") from None
 
 
 def flat(tree, prefix=""):
