@@ -128,9 +128,8 @@ def pick_device(name):
     if name == "mps" and not torch.backends.mps.is_available():
         raise UserError("device=mps, but PyTorch sees no Apple GPU: use device=cpu or auto")
     index = int(os.environ.get("LOCAL_RANK", 0)) if name == "cuda" else None
-    if name == "cuda" and index >= (count := torch.cuda.device_count()):
-        fix = f"use torchrun --nproc_per_node={count}"
-        raise UserError(f"process {index} of this machine has no GPU, there are {count}: {fix}")
+    if name == "cuda" and index >= (n := torch.cuda.device_count()):
+        raise UserError(f"process {index} has no GPU, there are {n}: torchrun --nproc_per_node={n}")
     return torch.device(name, index)
 
 
@@ -183,7 +182,8 @@ def check_launch(cfg, device, world):
     if cfg.parallel != "none" and "RANK" not in os.environ:
         raise UserError(f"parallel={cfg.parallel} needs a launcher: torchrun train.py, not python")
     if cfg.precision == "fp16" and device.type != "cuda":
-        raise UserError(f"precision=fp16 needs a CUDA device, this is {device.type}: use auto")
+        fix = f"this is {device.type}: use precision=auto"
+        raise UserError(f"precision=fp16 needs a CUDA device, {fix}")
     dim, _, heads, _ = size_of(cfg.vit.size)
     check_backend(cfg.attention, device, dtype_of(cfg), dim // heads)
     compiles(cfg)
