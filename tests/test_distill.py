@@ -239,6 +239,7 @@ def test_the_figure_beside_the_first_evaluation_is_that_of_the_teacher(folder, t
     assert first["knn_teacher"] == log_of(folder / "teacher")[-1]["knn"] != first["knn_random"]
 
 
+@pytest.mark.slow
 def test_killed_between_two_saves_a_distillation_ends_equal_bit_for_bit(tmp_path, folder, two):
     out = tmp_path / "run"
     line = words(folder, out, "distill.students=[nano,micro]")

@@ -336,6 +336,8 @@ def four(folder, two):
 
 # ---- tests ---------------------------------------------------------------------------------------
 
+FOUR = pytest.param(4, marks=pytest.mark.slow)
+
 
 def assert_same_numbers(got, expected, tolerance=1e-5, weights=True):
     """Losses and gradient norms step by step, then final weights, to a relative tolerance."""
@@ -356,7 +358,7 @@ def without_key_bias(name, value):
     return torch.cat(value.chunk(3)[::2]) if name.endswith("attn.qkv.bias") else value
 
 
-@pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.parametrize("world", [2, FOUR])
 @pytest.mark.parametrize("mode", MODES)
 def test_ten_steps_are_those_of_one_process(one, request, mode, world):
     group = request.getfixturevalue({2: "two", 4: "four"}[world])
@@ -407,7 +409,7 @@ def test_networks_have_no_memory_before_they_are_sharded(two):
     assert two[0]["fsdp names"]["on_meta"]
 
 
-@pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.parametrize("world", [2, FOUR])
 def test_after_a_step_a_rank_stores_its_share_of_the_teacher(request, world):
     group = request.getfixturevalue({2: "two", 4: "four"}[world])
     shares = [rank["fsdp train"]["stored"] for rank in group]  # resharded after the forward pass
@@ -474,11 +476,16 @@ def test_k_nn_is_the_same_figure_when_ranks_share_the_images(one, two):
             torch.testing.assert_close(ours, theirs)
 
 
-def test_a_checkpoint_of_two_ranks_continues_on_one_two_and_four(folder, two, four):
+@pytest.mark.parametrize("world", [1, 2, FOUR])
+def test_a_checkpoint_of_two_ranks_continues_on_one_two_and_four(request, folder, two, world):
     expected = two[0]["fsdp train"]  # which went on to step 10
-    alone = train(folder, {"out": "fsdp"}, resume=True)
-    pairs = [two[0][f"{mode} continues fsdp"] for mode in MODES]
-    for run in [alone, *pairs, four[0]["continues"]]:
+    if world == 1:
+        runs = [train(folder, {"out": "fsdp"}, resume=True)]
+    elif world == 2:
+        runs = [two[0][f"{mode} continues fsdp"] for mode in MODES]
+    else:
+        runs = [request.getfixturevalue("four")[0]["continues"]]
+    for run in runs:
         assert run["start"] == 5
         late = {key: expected[key][5:] for key in ("terms", "norms")}
         assert_same_numbers(run, expected | late)
