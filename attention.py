@@ -130,16 +130,17 @@ def block_diagonal(groups, device):
 def fastest(device, dtype, longest):
     """The backend that `auto` stands for, where crops have up to `longest` tokens.
 
-    `scripts/benchmarks.py attention` measures them all. In bf16 on a CPU the fused kernel took 2 to
-    12 times as long as plain attention for 17 to 785 tokens (AMD Zen 5, PyTorch 2.13). On an H100,
-    for crops of two sizes, sdpa takes 1.4 to 1.6 times as long as short, and the others longer.
+    `scripts/benchmarks.py attention` measures them all. The fused kernel took, on a CPU in bf16, 2
+    to 12 times as long as plain attention for 17 to 785 tokens (AMD Zen 5), in fp32 2 times for 17,
+    1.3 for 37, 1 for 50 (AMD EPYC, AVX2); on an H100 1.4 to 1.6 times as long as short.
     """
     from kernels.build import can_build
 
     half = dtype in (torch.bfloat16, torch.float16)
     if device.type == "cuda" and half and longest <= 256 and can_build(cuda=True):
         return "short"  # its keys, values and their gradients fit into registers
-    return "plain" if device.type == "cpu" and dtype == torch.bfloat16 else "sdpa"
+    few = longest <= 40 or dtype == torch.bfloat16
+    return "plain" if device.type == "cpu" and few else "sdpa"
 
 
 def check_backend(name, device, dtype, width=64):

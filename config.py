@@ -476,7 +476,6 @@ def take_options(words, defaults, least=None):
     """A program's own options, by their defaults, out of key=value words: (namespace, the rest).
 
     least: the smallest values that options may have
-
     Raises UserError where a value is not of the default's type, or a word is almost an option.
     """
     options, rest = SimpleNamespace(**defaults), []

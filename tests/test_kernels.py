@@ -73,5 +73,11 @@ def test_crops_of_many_tokens_full_precision_and_odd_heads_take_another_way(monk
     assert torch.allclose(*odd, atol=1e-5)
 
 
+def test_a_cpu_takes_plain_attention_in_bf16_and_for_few_tokens():
+    cpu = torch.device("cpu")
+    found = [fastest(cpu, torch.float32, n) for n in (5, 40, 41)]
+    assert [*found, fastest(cpu, torch.bfloat16, 785)] == ["plain", "plain", "sdpa", "plain"]
+
+
 if __name__ == "__main__":
     interpreted()
