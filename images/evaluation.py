@@ -137,17 +137,17 @@ def centre_crop(image, size):
 
 
 def resize(image, height, width):
-    """Pillow's antialiased bicubic, one channel at a time: there can be any number of them.
-
-    As in augment.resized_crop, integers of more than 8 bits become float32 in 0..1.
-    """
+    """Pillow's antialiased bicubic. Integers of more than 8 bits become float32 in 0..1."""
     if image.dtype != np.uint8:
         scale = np.iinfo(image.dtype).max if image.dtype.kind in "ui" else 1
         image = np.float32(image) / np.float32(scale)
     if image.shape[:2] == (height, width):
         return image
+    size, bicubic = (width, height), Image.Resampling.BICUBIC
+    if image.dtype == np.uint8 and image.shape[2] == 3:  # at once: the same in half the time
+        return np.array(Image.fromarray(image).resize(size, bicubic))
     planes = [Image.fromarray(plane) for plane in np.ascontiguousarray(image.transpose(2, 0, 1))]
-    return np.stack([p.resize((width, height), Image.Resampling.BICUBIC) for p in planes], axis=2)
+    return np.stack([plane.resize(size, bicubic) for plane in planes], axis=2)
 
 
 class Evaluation:

@@ -212,6 +212,12 @@ def test_images_of_the_crop_size_are_evaluated_as_they_are():
     assert torch.equal(crop.permute(1, 2, 0), torch.from_numpy(pixels[2:22]))
 
 
+def test_three_channels_are_resized_as_each_alone():
+    image = np.random.default_rng(0).integers(256, size=(20, 30, 3), dtype=np.uint8)
+    alone = [evaluation.resize(image[:, :, c : c + 1], 24, 17) for c in range(3)]
+    assert np.array_equal(evaluation.resize(image, 24, 17), np.concatenate(alone, axis=2))
+
+
 def test_evaluation_batches_are_normalised_and_labelled():
     cfg, source = tiny_config(), tiny_source()
     cfg.crops.global_size = 20
