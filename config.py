@@ -105,7 +105,7 @@ class Mask:
 
 @dataclass
 class Vit:
-    size: str = "large"  # nano, micro, tiny (for teaching), small, base, large, giant2
+    size: str = "large"  # pico, nano, micro, tiny (our own), small, base, large, giant2
     patch: int = 16  # px; smaller sees finer and costs more (14 in the released models)
     registers: int = 0  # extra tokens that take up global notes: 4 makes attention maps clean
     ffn: str = ""  # mlp or swiglu; empty: the size's own

@@ -264,9 +264,7 @@ def arguments(argv):
     path, words = config.main_arguments(argv, __doc__)
     o, words = config.take_options(words, {"gpus": 1, "gpu": "a100"}, least={"gpus": 1})
     if o.gpu not in GPUS:
-        raise UserError(
-            f"gpu={o.gpu} is unknown: use one of {', '.join(GPUS)}, or add it to GPUS in {__file__}"
-        )
+        raise UserError(f"gpu={o.gpu}: use one of {', '.join(GPUS)}, or add a line to GPUS")
     cfg = config.load(path, words)
     cfg.attention, cfg.compile = "sdpa", False
     if cfg.precision == "auto":

@@ -24,6 +24,7 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parent.parent
 SHORT = ["steps=120", "optim.warmup=30", "log.knn_every=0", "log.pictures=false"]
 SHORT += ["data.synthetic_images=3000", "optim.min_lr=1e-6", "teacher.momentum_end=1.0"]
+SHORT += ["vit.size=nano", "crops.local_count=4", "crops.local_scale=[0.1,0.32]"]
 DROP = ["vit.drop_path=0.3"]
 COLOURS = ["augment.jitter=0.8", "augment.grey=0.2", "augment.blur=[0.0,0.9,0.5]"]
 COLOURS += ["augment.solarize=[0.0,0.2,0.0]"]

@@ -38,6 +38,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SHORT = {"steps": 200, "precision": "fp32", "optim.freeze_last_layer": 4}
 SHORT |= {"log.knn_every": 0, "log.pictures": False}
 SHORT |= {"optim.min_lr": 1e-6, "teacher.momentum_end": 1.0}  # to the ends of the paper
+SHORT |= {"vit.size": "nano", "crops.local_count": 4, "crops.local_scale": [0.1, 0.32]}
 
 
 class Row(NamedTuple):

@@ -17,6 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SEEDS = 0, 1, 2
 SHORT = ["steps=100", "optim.warmup=10", "log.pictures=false", "log.knn_every=0"]
 SHORT += ["optim.min_lr=1e-6", "teacher.momentum_end=1.0"]
+SHORT += ["vit.size=nano", "crops.local_count=4", "crops.local_scale=[0.1,0.32]"]
 
 
 def summary(script, card, out, *words):

@@ -23,7 +23,8 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS, PAGE = ROOT / "docs" / "recipes.jsonl", ROOT / "docs" / "recipes.md"
 SEEDS = (0, 1)
 BASE = "steps=450 optim.lr=8e-3 optim.warmup=45 optim.freeze_last_layer=10 precision=fp32"
-BASE += " optim.min_lr=1e-6 teacher.momentum_end=1.0"
+BASE += " optim.min_lr=1e-6 teacher.momentum_end=1.0 vit.size=nano"
+BASE += " crops.local_count=4 crops.local_scale=[0.1,0.32]"
 QUIET = "log.pictures=false log.knn_every=0 log.save_every=10000 log.every=50"
 LONGER = "steps=700 optim.warmup=100 optim.freeze_last_layer=20"
 TRIES = [

@@ -249,7 +249,7 @@ def test_the_command_says_whether_it_fits(capsys):
         (["gpus=none"], "gpus must be a whole number, got none"),
         (["gpus=0"], "gpus=0 must be at least 1"),
         (["gpus"], "write key=value"),
-        (["gpu=v100"], "use one of a100, h100, h200, b200, 4090, or add it to GPUS in"),
+        (["gpu=v100"], "use one of a100, h100, h200, b200, 4090, or add a line to GPUS"),
         (["memory=24"], "unknown key memory"),
         (["gpus=3", "parallel=fsdp"], "does not divide into 3 processes"),
         (["gpus=2"], "use parallel=ddp or parallel=fsdp"),

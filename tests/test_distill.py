@@ -380,7 +380,7 @@ BAD = [
     ("head.prototypes=16", "head.prototypes=16, but distill.teacher={teacher} has head."),
     ("data.mean=[0,0,0]", "set data.mean=[0.5, 0.5, 0.5]"),
     ("crops.global_size=20", "crops.global_size=20 is not a multiple of vit.patch=8: use 16"),
-    ("distill.students=[nano,huge]", "distill.students: huge is unknown, choose from nano"),
+    ("distill.students=[nano,huge]", "distill.students: huge is unknown, choose from pico"),
     ("distill.students=[nano,nano]", "twice"),
     ("distill.students=[3]", "distill.students[0] must be text"),
     ("distill.teacher=", "distill.teacher is empty"),
