@@ -27,6 +27,8 @@ BASE += " optim.min_lr=1e-6 teacher.momentum_end=1.0 vit.size=nano"
 BASE += " crops.local_count=4 crops.local_scale=[0.1,0.32]"
 QUIET = "log.pictures=false log.knn_every=0 log.save_every=10000 log.every=50"
 LONGER = "steps=700 optim.warmup=100 optim.freeze_last_layer=20"
+LIFTED = "optim.freeze_last_layer=15 optim.min_lr=4e-4 teacher.momentum_end=0.996"
+PICO = f"steps=600 optim.warmup=90 {LIFTED} crops.local_count=3 vit.size=pico"
 TRIES = [
     "",
     "optim.lr=3e-3 optim.warmup=60",
@@ -67,6 +69,15 @@ TRIES = [
     LONGER,
     f"{LONGER} optim.lr=4e-3",
     f"{LONGER} optim.min_lr=4e-4 teacher.momentum_end=0.996",
+    PICO,
+    f"{PICO} crops.ratio=[0.9,1.1]",
+    f"{PICO} crops.ratio=[0.9,1.1] optim.lr=5e-3",
+    f"{PICO} teacher.temp=0.025 teacher.temp_start=0.025",
+    f"{PICO} crops.local_scale=[0.07,0.25]",
+    f"{PICO} crops.local_scale=[0.07,0.25] crops.ratio=[0.9,1.1]",
+    f"{PICO} crops.local_scale=[0.05,0.18]",
+    f"{PICO} crops.local_scale=[0.03,0.12]",
+    f"steps=420 optim.warmup=70 {LIFTED} crops.local_count=3 crops.local_scale=[0.07,0.25]",
 ]
 
 
@@ -107,7 +118,7 @@ def table(found):
     lines = ["| changed | k-NN of each seed | mean | gain |", "|---|---|---|---|"]
     for words, knn in sorted(by_words.items(), key=lambda item: -statistics.mean(item[1])):
         mean, each = statistics.mean(knn), ", ".join(f"{value:.1f}" for value in knn)
-        name = f"`{words}`" if words else "the base"
+        name = f"`{words.replace(PICO, 'PICO')}`" if words else "the base"
         lines.append(f"| {name} | {each} | {mean:.1f} | {mean - base:+.1f} |")
     return "\n".join(lines)
 
