@@ -231,8 +231,13 @@ def test_heads_that_do_not_fit_are_refused(rgb, words, expected):
     assert expected in str(error.value) and "\n" not in str(error.value)
 
 
-def test_a_file_without_heads_says_what_to_do(rgb, tmp_path):
-    torch.save(read_state(rgb / "teacher.pt"), tmp_path / "x.pth")
+@pytest.mark.parametrize("classifier", [False, True])
+def test_a_file_without_heads_says_what_to_do(rgb, tmp_path, classifier):
+    state = read_state(rgb / "teacher.pt")
+    if classifier:  # as evals/classifier.py saves it
+        state = {f"backbone.{name}": value for name, value in state.items()}
+        state["classifier.weight"] = torch.zeros(2, 5)
+    torch.save(state, tmp_path / "x.pth")
     cfg = config_of(rgb, f"init_from={tmp_path / 'x.pth'}", "init_heads=true")
     with pytest.raises(UserError, match="has no heads: set init_heads=false, and head_steps"):
         start_from(cfg, *build(cfg, torch.device("cpu"))[:2])

@@ -33,7 +33,7 @@ def start_from(cfg, *networks):
     how = its["interpolate_offset"], its["interpolate_antialias"]
     if not cfg.init_heads:
         parts = {"backbone": parts["backbone"]}
-    elif len(parts) == 1:
+    elif "dino_head" not in parts:
         raise UserError(f"{title} has no heads: set init_heads=false, and head_steps to train some")
     notes = [str(path), *put_parts(networks, parts, how, title)]
     if how != (cfg.vit.interpolate_offset, cfg.vit.interpolate_antialias):
