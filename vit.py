@@ -28,7 +28,7 @@ from torch import nn
 from attention import attend, pack
 from config import UserError
 
-# name:        dim  depth  heads  ffn         The first four are ours, for small images; the others
+# name:        dim  depth  heads  ffn        The first four are ours, for small images; the others
 SIZES = {  #                                 are the released ones, with 64 channels a head.
     "pico":    (128,   4,     4, "mlp"),
     "nano":    (128,   6,     4, "mlp"),
