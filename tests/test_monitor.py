@@ -116,7 +116,7 @@ def test_the_pictures_are_there(whole, name):
 def test_the_card_says_what_one_asks_before_a_long_run(whole):
     said = " ".join(whole[1].split())
     for text in [
-        "cpu (", "threads: 1)", "float32", "processes: 1", "attention=auto (sdpa)", "30 from",
+        "cpu (", "threads: 1)", "float32", "processes: 1", "attention=auto (plain)", "30 from",
         "classes 2: dark, light", "10 held-out", "nano/8", "backbone", "dino_head", "0 to 12",
         "3.54e-04 at its peak", "8 images x (2 crops of 16 px + 2 of 8 px)",
         "an untrained network starts near dino_global", "ln K = 3.47", str(whole[0]),
