@@ -147,8 +147,6 @@ def crops(image_HWC, rng, cfg):
 # The functions change x in place: on a CPU, fresh memory for every intermediate result takes
 # several times as long as the arithmetic.
 
-CACHE = 2**20  # floats worked on at a time on a CPU: four megabytes, which its caches can hold
-
 # What makes 24 orders cheap: hue is the only operation that is not a blend (below), so all crops of
 # a batch are lined up at their hue. Seven moments, NONE where a crop waits for the others:
 #     contrast, hue, brightness, saturation   ->   NONE NONE contrast HUE brightness saturation NONE
@@ -283,19 +281,13 @@ def colour(crops_NCSS, colour_NP, mean, std):
     8-bit HSV pixels: this stays in float32. Of 255 levels, one operation differs by at most 1, but
     hue by up to 10 (1 on average), six operations in a row by up to 7 (1.5 on average).
     """
-    N, device = len(crops_NCSS), crops_NCSS.device
-    colour_NP = colour_NP.cpu()
+    device, colour_NP = crops_NCSS.device, colour_NP.cpu()
     mean_C11, std_C11 = send(torch.tensor([mean, std])[..., None, None], device)
-    x_NCSS = torch.empty(crops_NCSS.shape, dtype=torch.float32, device=device)
-    at_once = max(CACHE // max(x_NCSS[:1].numel(), 1), 1) if device.type == "cpu" else max(N, 1)
-    for start in range(0, N, at_once):
-        part = slice(start, start + at_once)
-        x = x_NCSS[part].copy_(crops_NCSS[part])
-        if not crops_NCSS.is_floating_point():
-            x.div_(255)
-        recolour(x, colour_NP[part])
-        x.sub_(mean_C11).div_(std_C11)
-    return x_NCSS
+    x_NCSS = crops_NCSS.to(torch.float32, copy=True)
+    if not crops_NCSS.is_floating_point():
+        x_NCSS.div_(255)
+    recolour(x_NCSS, colour_NP)
+    return x_NCSS.sub_(mean_C11).div_(std_C11)
 
 
 # ---- block masks --------------------------------------------------------------------------------

@@ -61,9 +61,8 @@ def distill(cfg, students, device):
     held_out = evaluation_images(cfg)
     teacher = open_teacher(cfg, device)
     runs = [Run(each, device, source) for each in students]
-    for run in runs:
-        if words := run.finished():
-            print_once(words)
+    for run in filter(Run.finished, runs):
+        print_once(run.finished())
     runs = [run for run in runs if not run.finished()]
     known = {}
     if held_out and any(run.start == 0 for run in runs):

@@ -87,7 +87,7 @@ def exponentials_of_rows(score_NK, scale, top_K, Q_NK):
     return top_N.exp()
 
 
-SLICE = {"cpu": 2**18, "cuda": 2**26}  # numbers
+SLICE = {"cpu": 2**20, "cuda": 2**26}  # numbers
 
 
 def a_few_rows(x_NK):

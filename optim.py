@@ -41,9 +41,8 @@ class Schedule(NamedTuple):
 def compress(cfg, steps):
     """Give a Config this many steps, and shrink what is counted in steps in proportion."""
     share = steps / cfg.steps
-    for section, key in (
-        (cfg.optim, "warmup"), (cfg.optim, "freeze_last_layer"), (cfg.teacher, "temp_warmup")
-    ):  # fmt: skip
+    keys = (cfg.optim, "warmup"), (cfg.optim, "freeze_last_layer"), (cfg.teacher, "temp_warmup")
+    for section, key in keys:
         setattr(section, key, round(share * getattr(section, key)))
     cfg.steps = steps
 

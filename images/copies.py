@@ -56,9 +56,7 @@ def resampling(start, side):
 
 
 # For each side of a box, all its places along a line: n of (g, S).
-PLACES = [
-    torch.stack([resampling(i * STEP, 1 - n * STEP) for i in range(n + 1)]) for n in SIDES
-]  # fmt: skip
+PLACES = [torch.stack([resampling(i * STEP, 1 - n * STEP) for i in range(n + 1)]) for n in SIDES]
 
 
 def details(image_BCgg):

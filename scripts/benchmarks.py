@@ -38,10 +38,11 @@ import config
 from bench import __main__ as bench
 from bench.measure import Clock, longest, measure, table
 from config import UserError
-from parallel import dtype_of
+from parallel import dtype_of, keep_memory
 
 PROGRAM = "python scripts/benchmarks.py"
 
+M_MMAP_THRESHOLD, M_MMAP_MAX = -3, -4  # of malloc.h
 WHAT = bench.WHAT | {work.__name__: work for work in (parts.losses, parts.attention, parts.augment)}
 
 # ---- one row -------------------------------------------------------------------------------------
@@ -98,6 +99,23 @@ def agreeing(contenders):
     return {name: checked(name, run) for name, run in contenders.items()}
 
 
+def with_its_own_memory(run, device):
+    """A peer's run, for which glibc hands large pieces of memory back, as it does by default."""
+    mallopt = os.name == "posix" and getattr(ctypes.CDLL(None), "mallopt", None)
+    if device.type != "cpu" or not mallopt:
+        return run
+
+    def run_by_default(clock):
+        mallopt(M_MMAP_MAX, 65536)
+        mallopt(M_MMAP_THRESHOLD, 32 << 20)  # to which the default rises by itself
+        try:
+            return run(clock)
+        finally:
+            keep_memory()
+
+    return run_by_default
+
+
 def compare(argv):
     """Measure one kind of work, ours and the peers' in turns; print it and add it to the page."""
     what, cfg, named, folder, wants_profile = arguments(argv)
@@ -109,7 +127,7 @@ def compare(argv):
         peer = getattr(peers, f"{name}_{what}", None)
         if peer is None:
             raise UserError(f"{name}: has nothing to compare with {what}")
-        work.contenders[name] = peer(cfg, device, *work.given)
+        work.contenders[name] = with_its_own_memory(peer(cfg, device, *work.given), device)
     work.contenders = agreeing(work.contenders)
     versions = f"PyTorch {torch.__version__}, Python {platform.python_version()}"
     setting = f"{versions}, threads: {torch.get_num_threads()}"

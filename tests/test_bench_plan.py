@@ -57,7 +57,7 @@ def test_losses_are_planned_in_the_slices_of_the_device(monkeypatch):
     seen = []
 
     def outline(cfg):
-        seen.append(len(plan.losses.a_few_rows(torch.empty(9, 2**16))))
+        seen.append(len(plan.losses.a_few_rows(torch.empty(40, 2**16))))
         raise config.UserError("enough")
 
     monkeypatch.setattr(plan.train, "outline", outline)

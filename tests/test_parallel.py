@@ -7,6 +7,7 @@ Run:  pytest tests/test_parallel.py            pytest -m slow tests/test_paralle
 """
 
 import os
+import platform
 import shutil
 import signal
 import socket
@@ -518,6 +519,31 @@ def test_compiled_blocks_give_the_same_losses_in_every_mode(folder, one):
     both = on_ranks(in_modes({"compiled": job}), folder, 2)[0]
     for run in [train(folder, *job[1:]), *both.values()]:
         assert_same_numbers(run, expected, weights=False)
+
+
+# ---- memory --------------------------------------------------------------------------------------
+
+KEPT = """
+import torch, parallel
+
+def resident():
+    return next(int(row.split()[1]) / 1024 for row in open("/proc/self/status") if "VmRSS" in row)
+
+{start}
+before = resident()
+torch.ones(64, 2**18)
+print(resident() - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only its defaults are changed")
+@pytest.mark.parametrize(
+    "start, least, most", [("", -8, 8), ("parallel.pick_device('cpu')", 56, 72)]
+)
+def test_on_a_cpu_the_megabytes_of_a_freed_tensor_stay_for_the_next_one(start, least, most):
+    code = [sys.executable, "-c", KEPT.format(start=start)]
+    done = subprocess.run(code, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert least < float(done.stdout) < most
 
 
 # ---- what goes wrong -----------------------------------------------------------------------------
