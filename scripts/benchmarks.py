@@ -177,7 +177,8 @@ measures ours alone. Ratios are what to quote: absolute figures belong to the ma
 a table ran in one process and in turns; quartiles show the spread. "Extra memory" is the peak of
 one run above what was in use before it. "The peak" is the rate of a large matrix product, measured
 in the same run; counted are the matrix products of a step, without what stochastic depth leaves
-out. The first run, which may have to compile, is apart. All rows for one GPU:
+out. The first run, which may have to compile, is apart. On a CPU, ours keeps the memory of freed
+tensors; for the others glibc hands it back, as it does by default. All rows for one GPU:
 
     python scripts/benchmarks.py gpu --official ~/dinov2 --to docs
 """
