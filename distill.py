@@ -100,8 +100,7 @@ def student_configs(cfg):
     if not cfg.distill.teacher:
         raise UserError("distill.teacher is empty: set it to the run folder of the teacher")
     if cfg.loss.centering != "sinkhorn":
-        raise UserError("loss.centering=softmax, but no centre follows a frozen teacher: "
-                        "set loss.centering=sinkhorn")  # fmt: skip
+        raise UserError("no softmax centre follows a frozen teacher: set loss.centering=sinkhorn")
     for size in cfg.distill.students:
         if size not in SIZES:
             raise UserError(f"distill.students: {size} is unknown, choose from {', '.join(SIZES)}")

@@ -188,9 +188,7 @@ def main(argv):
             sources[key] = open_source(root, cfg, key=key)
     with writing(o.out):
         Path(o.out).mkdir(parents=True, exist_ok=True)
-        sets = {
-            key: embedded(source, key, backbone, cfg, device) for key, source in sources.items()
-        }
+        sets = {k: embedded(source, k, backbone, cfg, device) for k, source in sources.items()}
         fate = curate(sets["pool"], sets.get("curated"), sets.get("against"), o)
         draw_sheet(sets["pool"], fate, Path(o.out, "sheet.png"))
         report(pool, fate, o)

@@ -79,13 +79,11 @@ class Reporter:
 
     def waiting(self, batches):
         """Pass batches on, and count the time that the loop waits for them."""
-        while True:
-            before = time.time()
-            batch = next(batches, None)
+        before = time.time()
+        for batch in batches:
             self.waited += time.time() - before
-            if batch is None:
-                return
             yield batch
+            before = time.time()
 
     def step(self, done, log, now):
         """Report a step: its number from 1, what it logged (tensors), and its schedule."""

@@ -41,6 +41,8 @@ def evaluate_run(run, step):
     Keeps features of a few images for the animation. Returns the scores of all k.
     """
     cfg, backbone, held_out = run.cfg, run.teacher.backbone, run.held_out
+    if step == 0 and run.report.rank == 0 and (found := next(references(cfg), None)):
+        run.report.say(f"{found[0]} took {found[1]['minutes']:.1f} minutes on {found[1]['device']}")
     keep_frame(step, backbone, held_out[1] if held_out else run.source, cfg)
     if not held_out:
         return {}
@@ -61,17 +63,21 @@ def recipe_of(cfg):
     return json.loads(json.dumps({key: lookup(cfg, key) for key in keys}))
 
 
-def compared(cfg, knn, floors):
-    """What reference runs of this recipe reached on these images, in words, or ""."""
-    said = []
+def references(cfg):
+    """(name, first line, k-NN of raw pixels, of the end) of each reference run of this recipe."""
     for path in sorted(REFERENCES.glob("*.jsonl")):
         with contextlib.suppress(LookupError, ValueError):  # a file that is no reference
             first, *lines = map(json.loads, path.read_text(encoding="utf-8").splitlines())
-            same = recipe_of(Config()) | first["config"] == recipe_of(cfg)
             known = [line for line in lines if "knn" in line]
-            # The same images: k-NN of raw pixels is equal, but for the rounding of bf16.
-            if same and abs(known[0]["knn_pixels"] - floors["knn_pixels"]) < 1:
-                said.append(f"docs/runs/{path.name}: {known[-1]['knn']:.1f} %")
+            if recipe_of(Config()) | first["config"] == recipe_of(cfg):
+                yield f"docs/runs/{path.name}", first, known[0]["knn_pixels"], known[-1]["knn"]
+
+
+def compared(cfg, knn, floors):
+    """What reference runs of this recipe reached on these images, in words, or ""."""
+    # The same images: k-NN of raw pixels is equal, but for the rounding of bf16.
+    same = [run for run in references(cfg) if abs(run[2] - floors.get("knn_pixels", -9)) < 1]
+    said = [f"{name}: {reached:.1f} %" for name, _, _, reached in same]
     return f"k-NN {knn:.1f} %; reference run {', '.join(said)}\n" if said else ""
 
 

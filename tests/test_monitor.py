@@ -84,7 +84,8 @@ def test_the_summary_holds_what_the_run_has_reached(whole):
 
 def test_a_run_is_compared_with_the_reference_runs_of_its_recipe(whole, tmp_path, monkeypatch):
     cfg, rows = config.load(whole[0] / "config.yaml"), log_of(whole[0])
-    lines = [{"config": results.recipe_of(cfg)}, *rows]
+    place = {"minutes": 4.25, "device": "a laptop"}
+    lines = [{"config": results.recipe_of(cfg)} | place, *rows]
     (tmp_path / "a-0.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     (tmp_path / "broken.jsonl").write_text("{}\n{")
     monkeypatch.setattr(results, "REFERENCES", tmp_path)
@@ -99,10 +100,15 @@ def test_a_run_is_compared_with_the_reference_runs_of_its_recipe(whole, tmp_path
     assert not results.compared(cfg, 12.34, rows[0])
 
 
-def test_the_comparison_is_said_at_the_end_of_a_run(photos, tmp_path, monkeypatch, capsys):
+def test_reference_runs_are_named_at_both_ends_of_a_run(photos, tmp_path, monkeypatch, capsys):
+    run = ("docs/runs/a-0.jsonl", {"minutes": 4.25, "device": "a laptop"}, 9, 9)
+    monkeypatch.setattr(results, "references", lambda cfg: iter([run, run]))
     monkeypatch.setattr(results, "compared", lambda cfg, knn, floors: f"{knn} {floors}\n")
     train.main(tiny(tmp_path / "run", photos, "steps=1"))
-    assert re.search(r"^[\d.]+ {'knn_random': .*}\ndone: 8", capsys.readouterr().out, re.MULTILINE)
+    said = capsys.readouterr().out
+    assert said.count("docs/runs/a-0.jsonl took 4.2 minutes on a laptop\n") == 1
+    assert said.index("took 4.2 minutes") < said.index("step 0: k-NN")
+    assert re.search(r"^[\d.]+ {'knn_random': .*}\ndone: 8", said, re.MULTILINE)
 
 
 @pytest.mark.parametrize("name", ["curves.png", "crops.png", "neighbours.png"])
@@ -140,7 +146,8 @@ def test_pixels_that_would_fill_the_memory_are_no_floor(monkeypatch):
     monkeypatch.setattr(results.eval_knn, "evaluate", lambda *_: {"knn_20": 50.0})
     for images, fit in (9_469, True), (1_281_167, False):  # Imagenette, ImageNet; at 224 px
         found = {}
-        report = SimpleNamespace(evaluation=lambda step, result: found.update(result))  # noqa: B023
+        said = lambda step, result: found.update(result)  # noqa: B023, E731
+        report = SimpleNamespace(rank=0, evaluation=said)
         run = SimpleNamespace(cfg=Config(), held_out=(range(images), []), device=None, known={})
         run.report, run.teacher = report, SimpleNamespace(backbone=None)
         run.cfg.log.pictures = False

@@ -281,6 +281,5 @@ def check_same(card, cfg, images):
             raise UserError(f"{cfg.out} was started with {key}={before}, now it is {now}: "
                             f"use another out= for a new run, or {fix}")  # fmt: skip
     if card.get("images", images) != images:  # a card may be older than this entry
-        raise UserError(f"{cfg.out} was started with other images: {card['images'][0]}, now "
-                        f"{images[0]} or of other names in {cfg.data.root}: use another out= for "
-                        "a new run")  # fmt: skip
+        now = f"{images[0]} or of other names in {cfg.data.root}: use another out="
+        raise UserError(f"{cfg.out} was started with other images: {card['images'][0]}, now {now}")
