@@ -41,8 +41,8 @@ def evaluate_run(run, step):
     Keeps features of a few images for the animation. Returns the scores of all k.
     """
     cfg, backbone, held_out = run.cfg, run.teacher.backbone, run.held_out
-    if step == 0 and run.report.rank == 0 and (found := next(references(cfg), None)):
-        run.report.say(f"{found[0]} took {found[1]['minutes']:.1f} minutes on {found[1]['device']}")
+    if step == 0 and run.report.rank == 0 and (ref := next(references(cfg), None)):
+        run.report.say(f"reference {ref[0]}: {ref[1]['minutes']:.1f} minutes on {ref[1]['device']}")
     keep_frame(step, backbone, held_out[1] if held_out else run.source, cfg)
     if not held_out:
         return {}

@@ -106,8 +106,8 @@ def test_reference_runs_are_named_at_both_ends_of_a_run(photos, tmp_path, monkey
     monkeypatch.setattr(results, "compared", lambda cfg, knn, floors: f"{knn} {floors}\n")
     train.main(tiny(tmp_path / "run", photos, "steps=1"))
     said = capsys.readouterr().out
-    assert said.count("docs/runs/a-0.jsonl took 4.2 minutes on a laptop\n") == 1
-    assert said.index("took 4.2 minutes") < said.index("step 0: k-NN")
+    assert said.count("reference docs/runs/a-0.jsonl: 4.2 minutes on a laptop\n") == 1
+    assert said.index("4.2 minutes") < said.index("step 0: k-NN")
     assert re.search(r"^[\d.]+ {'knn_random': .*}\ndone: 8", said, re.MULTILINE)
 
 
