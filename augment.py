@@ -144,8 +144,8 @@ def crops(image_HWC, rng, cfg):
 
 # ---- work on a batch: colour --------------------------------------------------------------------
 #
-# The functions change x in place: on a CPU, fresh memory for every intermediate result takes
-# several times as long as the arithmetic.
+# The functions change x in place: on a CPU, memory for every intermediate result takes longer than
+# the arithmetic.
 
 # What makes 24 orders cheap: hue is the only operation that is not a blend (below), so all crops of
 # a batch are lined up at their hue. Seven moments, NONE where a crop waits for the others:
