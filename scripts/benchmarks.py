@@ -178,7 +178,7 @@ a table ran in one process and in turns; quartiles show the spread. "Extra memor
 one run above what was in use before it. "The peak" is the rate of a large matrix product, measured
 in the same run; counted are the matrix products of a step, without what stochastic depth leaves
 out. The first run, which may have to compile, is apart. On a CPU, ours keeps the memory of freed
-tensors; for the others glibc hands it back, as it does by default. All rows for one GPU:
+tensors; for the others glibc hands large pieces back, as by default. All rows for one GPU:
 
     python scripts/benchmarks.py gpu --official ~/dinov2 --to docs
 """
